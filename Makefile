@@ -1,0 +1,55 @@
+# `make demo` and `make test` work on a fresh machine: each makes the environment first if it is missing.
+PYTHON ?= python3
+VENV ?= .venv
+VENV_NEWEST ?= .venv-newest
+TORCH_NEWEST ?= 2.13.0
+BIN := $(VENV)/bin
+
+.PHONY: help demo test test-newest check bench gpu wheel clean
+
+help:
+	@echo "make demo         train the arms of the demo on real text; figure, table, TensorBoard logs in runs/demo"
+	@echo "make test         all tests"
+	@echo "make test-newest  the tests that need no Composer, with torch $(TORCH_NEWEST)"
+	@echo "make check        ruff and mypy"
+	@echo "make bench        the cost of one application, on CPU and, where there is one, on a GPU"
+	@echo "make gpu          GPU tests and benchmark with the current '$(PYTHON)', nothing installed"
+	@echo "make wheel        build the wheel into dist/"
+
+$(VENV)/.installed: pyproject.toml
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/pip install --quiet --editable ".[composer,dev]"
+	touch $@
+
+$(VENV_NEWEST)/.installed: pyproject.toml
+	$(PYTHON) -m venv $(VENV_NEWEST)
+	$(VENV_NEWEST)/bin/pip install --quiet torch==$(TORCH_NEWEST)
+	$(VENV_NEWEST)/bin/pip install --quiet --editable ".[dev]"
+	touch $@
+
+demo: $(VENV)/.installed
+	$(BIN)/python -m recipes.demo
+
+test: $(VENV)/.installed
+	$(BIN)/python -m pytest
+
+test-newest: $(VENV_NEWEST)/.installed
+	$(VENV_NEWEST)/bin/python -m pytest -m "not composer"
+
+check: $(VENV)/.installed
+	$(BIN)/ruff check
+	$(BIN)/ruff format --check
+	$(BIN)/mypy
+
+bench: $(VENV)/.installed
+	$(BIN)/python -m benchmarks.application
+
+gpu:
+	$(PYTHON) -m pytest -m gpu
+	$(PYTHON) -m benchmarks.application
+
+wheel: $(VENV)/.installed
+	$(BIN)/python -m build --wheel
+
+clean:
+	rm -rf $(VENV) $(VENV_NEWEST) build dist *.egg-info

@@ -1,0 +1,38 @@
+"""MSign (arXiv 2602.01734): periodic stable-rank restoration against LLM training collapse.
+
+`MSignCallback` needs Lightning and is loaded on first use; everything else needs only PyTorch.
+"""
+
+from typing import TYPE_CHECKING, Any
+
+from msign_lightning._version import __version__
+from msign_lightning.linalg import msign, restore, stable_rank
+from msign_lightning.restoration import Report, Restoration
+from msign_lightning.schedule import Schedule
+from msign_lightning.targets import Cut, Target, format_targets, select_targets
+
+if TYPE_CHECKING:
+    from msign_lightning.callbacks import MSignCallback
+
+__all__ = [
+    "Cut",
+    "MSignCallback",
+    "Report",
+    "Restoration",
+    "Schedule",
+    "Target",
+    "__version__",
+    "format_targets",
+    "msign",
+    "restore",
+    "select_targets",
+    "stable_rank",
+]
+
+
+def __getattr__(name: str) -> Any:
+    if name == "MSignCallback":
+        from msign_lightning.callbacks import MSignCallback
+
+        return MSignCallback
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -1,0 +1,140 @@
+"""Lightning callbacks: thin shells around the framework-free core."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import lightning.pytorch as pl
+from lightning.pytorch.callbacks import Callback
+from lightning.pytorch.strategies import DeepSpeedStrategy
+from lightning.pytorch.utilities import rank_zero_info
+from torch.utils.hooks import RemovableHandle
+
+from msign_lightning.linalg import Method, Rule, check_options
+from msign_lightning.restoration import Report, Restoration
+from msign_lightning.schedule import Schedule
+from msign_lightning.targets import Cut
+
+
+class MSignCallback(Callback):
+    """Restores the stable rank of weight matrices every `period` optimizer steps (MSign, arXiv 2602.01734).
+
+    After optimizer steps P, 2P, 3P, … each target W becomes ‖W‖_F · UVᵀ / ‖UVᵀ‖_F (Eq. 14), where W = USVᵀ is its
+    reduced SVD. It happens inside `optimizer.step()`, hence before learning rate schedulers, weight averaging,
+    checkpoints and validation, whatever the order of the callbacks. Only completed optimizer steps count: not the
+    micro-batches of gradient accumulation, nor steps that a gradient scaler skips. With several optimizers each counts
+    its own steps and restores the matrices that it trains.
+
+    Each application is written to all loggers of the trainer under `msign/...`, at the number of optimizer steps.
+
+    Resuming from a checkpoint continues the count exactly. A checkpoint that was saved without this callback continues
+    at the trainer's own count of optimizer steps.
+
+    An application disturbs the loss for some steps: let none fall on the last steps before the final evaluation,
+    e.g. with `stop=max_steps - period`.
+
+    Example::
+
+        trainer = Trainer(callbacks=[MSignCallback()])
+
+    Args:
+        period: P, the number of optimizer steps between two applications.
+        targets: "attention", "mlp", "all_2d" (both), or globs over parameter names.
+        rule: "msign" (Eq. 14), or "cap", which only lifts the stable rank to that of a random matrix.
+        method: How the matrix sign is computed: "auto" picks by device and size, "svd" is exact in fp64.
+        rtol: Singular values below rtol · σ₁ count as zero; None for the default of the weights' dtype.
+        exclude: Globs over parameter names to leave out.
+        cuts: Globs over parameter names → `Cut`, for fused parameters whose layout cannot be known.
+        start: First step at which an application may happen.
+        stop: Last step at which an application may happen; None for no end.
+
+    Raises:
+        ValueError: An argument is out of its range; or when fitting starts, nothing is selected.
+        RuntimeError: When fitting starts under DeepSpeed, whose optimizer does not step the weights themselves.
+    """
+
+    def __init__(
+        self,
+        period: int = 100,
+        targets: str | Sequence[str] = "all_2d",
+        *,
+        rule: Rule = "msign",
+        method: Method = "auto",
+        rtol: float | None = None,
+        exclude: str | Sequence[str] = (),
+        cuts: Mapping[str, Cut] | None = None,
+        start: int = 0,
+        stop: int | None = None,
+    ) -> None:
+        Schedule(period, start, stop)
+        check_options(rule=rule, method=method, rtol=rtol)
+        self._settings: dict[str, Any] = {
+            "period": period,
+            "targets": targets,
+            "rule": rule,
+            "method": method,
+            "rtol": rtol,
+            "exclude": exclude,
+            "cuts": cuts,
+            "start": start,
+            "stop": stop,
+        }
+        self._restoration: Restoration | None = None
+        self._handles: list[RemovableHandle] = []
+        self._steps: list[int] = []
+
+    @property
+    def state_key(self) -> str:
+        """One key per selection, so that a checkpoint holds the counts of several callbacks."""
+        targets = self._settings["targets"]
+        return self._generate_state_key(targets=targets if isinstance(targets, str) else list(targets))
+
+    def on_fit_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Selects the targets and hooks into the optimizers, which exist by now."""
+        if isinstance(trainer.strategy, DeepSpeedStrategy):
+            raise RuntimeError("MSignCallback does not support DeepSpeed, which steps flat copies of the weights")
+        self._remove_handles()
+        self._restoration = Restoration(pl_module, **self._settings)
+        loggers = trainer.loggers
+
+        def log(report: Report) -> None:
+            for logger in loggers:
+                logger.log_metrics(report.metrics(), step=report.step)
+
+        self._handles = self._restoration.attach(*trainer.optimizers, on_report=log)
+        fresh = trainer.ckpt_path is None and trainer.global_step == 0
+        if self._steps and not fresh:
+            self._restoration.load_state_dict({"steps": self._steps})
+        rank_zero_info(self._restoration.describe())
+
+    def on_fit_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Lets go of the optimizers and of the model; the count stays, for another fit."""
+        self._remove_handles()
+
+    def on_exception(self, trainer: pl.Trainer, pl_module: pl.LightningModule, exception: BaseException) -> None:
+        """Lets go likewise: after an exception no other hook of the end is called."""
+        self._remove_handles()
+
+    def _remove_handles(self) -> None:
+        self._steps = self.state_dict()["steps"]
+        for handle in self._handles:
+            handle.remove()
+        self._handles, self._restoration = [], None
+
+    def state_dict(self) -> dict[str, Any]:
+        """The number of completed optimizer steps, per optimizer."""
+        return {"steps": list(self._steps) if self._restoration is None else self._restoration.steps}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Continues the saved count, whether fitting has started (as in sharded strategies) or not."""
+        self._steps = list(state_dict["steps"])
+        if self._restoration is not None:
+            self._restoration.load_state_dict(state_dict)
+
+    def on_load_checkpoint(
+        self, trainer: pl.Trainer, pl_module: pl.LightningModule, checkpoint: dict[str, Any]
+    ) -> None:
+        """Takes over the trainer's count; `load_state_dict`, called next, knows the exact one if it was saved."""
+        optimizers = max(1, len(checkpoint.get("optimizer_states", ())))
+        self.load_state_dict({"steps": [checkpoint["global_step"] // optimizers] * optimizers})

@@ -1,0 +1,269 @@
+"""The demo: AdamW at a good and at a too high learning rate, with and without MSign, on real text.
+
+`python -m recipes.demo` trains the tiny recipe (recipes/tiny/prose.yaml) in thirty short runs, spread over the
+processor's cores, and writes to runs/demo: TensorBoard logs, the figure demo.png, the table demo.md and results.jsonl.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import math
+import multiprocessing
+import os
+import warnings
+from collections.abc import Sequence
+from concurrent.futures import ProcessPoolExecutor, as_completed
+from functools import partial
+from pathlib import Path
+from statistics import mean
+from typing import Any, NamedTuple
+
+import lightning.pytorch as pl
+import matplotlib
+import numpy as np
+import torch
+from jsonargparse import auto_cli
+from lightning.pytorch.loggers import TensorBoardLogger
+from torch import Tensor
+from torch.optim import AdamW
+from tqdm import tqdm
+
+from msign_lightning import MSignCallback, select_targets, stable_rank
+from recipes.data import TextDataModule
+from recipes.module import LanguageModel
+
+matplotlib.use("Agg")
+from matplotlib import pyplot as plt
+
+PERIOD = 20
+ARMS: dict[str, dict[str, Any] | None] = {
+    "AdamW": None,
+    "MSign, attention": {"targets": "attention"},
+    "MSign, all 2-D": {"targets": "all_2d"},
+    "MSign, MLP only": {"targets": "mlp"},
+    "cap, all 2-D": {"targets": "all_2d", "rule": "cap"},
+}
+GOOD_LR, HIGH_LR = 3e-3, 3e-2
+BASELINE = next(iter(ARMS))
+
+
+class Run(NamedTuple):
+    """One training run: an arm's name, its peak learning rate, and the seed of initialisation and data."""
+
+    arm: str
+    lr: float
+    seed: int
+
+
+class Result(NamedTuple):
+    """What a run gave.
+
+    Losses are in nats per byte: `val_loss` after the last step, `losses` the training loss averaged over the `PERIOD`
+    steps before each of `steps`. `stable_ranks` are geometric means over the attention matrices at those steps, which
+    stand right before an application.
+    """
+
+    run: Run
+    val_loss: float
+    steps: list[int]
+    losses: list[float]
+    stable_ranks: list[float]
+
+
+class Recorder(pl.Callback):
+    """Records training loss and stable rank every `PERIOD` steps, always one step before an application."""
+
+    def __init__(self) -> None:
+        self.steps: list[int] = []
+        self.losses: list[float] = []
+        self.stable_ranks: list[float] = []
+        self._recent: list[Tensor] = []
+
+    def on_train_batch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule, outputs: Any, *_: Any) -> None:
+        self._recent.append(outputs["loss"])
+        if (trainer.global_step + 1) % PERIOD:
+            return
+        matrices = [target.parameter.detach() for target in select_targets(pl_module, "attention")]
+        ranks = torch.cat([stable_rank(m).view(1) for m in matrices])
+        self.steps.append(trainer.global_step)
+        self.losses.append(torch.stack(self._recent).mean().item())
+        self.stable_ranks.append(ranks.clamp(min=1).log().mean().exp().item())
+        self._recent.clear()
+        for logger in trainer.loggers:
+            logger.log_metrics({"stable_rank/attention": self.stable_ranks[-1]}, step=trainer.global_step)
+
+
+def train(run: Run, steps: int, folder: Path) -> Result:
+    """Trains one run to its end under a Lightning trainer."""
+    torch.manual_seed(run.seed)
+    module = LanguageModel(optimizer=partial(AdamW, lr=run.lr, weight_decay=0.1, fused=True))
+    recorder = Recorder()
+    callbacks: list[pl.Callback] = [recorder]
+    settings = ARMS[run.arm]
+    if settings is not None:
+        # The loss is disturbed for some steps after an application: none falls on the last ones.
+        callbacks.append(MSignCallback(period=PERIOD, stop=steps - PERIOD, **settings))
+    trainer = pl.Trainer(
+        max_steps=steps,
+        gradient_clip_val=1.0,
+        callbacks=callbacks,
+        logger=TensorBoardLogger(folder, f"{run.arm} lr={run.lr:g}", f"seed={run.seed}"),
+        log_every_n_steps=PERIOD,
+        accelerator="cpu",
+        limit_val_batches=0,
+        enable_checkpointing=False,
+        enable_progress_bar=False,
+        enable_model_summary=False,
+    )
+    data = TextDataModule(seed=run.seed)
+    trainer.fit(module, data)
+    trainer.limit_val_batches = 1.0
+    (validation,) = trainer.validate(module, data, verbose=False)
+    return Result(run, validation["loss/val"], recorder.steps, recorder.losses, recorder.stable_ranks)
+
+
+def _start_worker() -> None:
+    torch.set_num_threads(1)
+    logging.getLogger("lightning.pytorch").setLevel(logging.ERROR)
+    warnings.filterwarnings("ignore")
+
+
+def train_all(runs: Sequence[Run], steps: int, workers: int, folder: Path) -> list[Result]:
+    """Trains all runs in parallel processes; each result is on disk as soon as its run has ended."""
+    results: dict[Run, Result] = {}
+    context = multiprocessing.get_context("spawn")
+    with (
+        ProcessPoolExecutor(workers, context, _start_worker) as pool,
+        (folder / "results.jsonl").open("w") as file,
+        tqdm(total=len(runs), unit="run", desc=f"{len(runs)} runs of {steps} steps, {workers} at a time") as progress,
+    ):
+        futures = [pool.submit(train, run, steps, folder) for run in runs]
+        for future in as_completed(futures):
+            result = future.result()
+            results[result.run] = result
+            print(json.dumps(result._asdict() | {"run": result.run._asdict()}), file=file, flush=True)
+            progress.set_postfix_str(f"{result.run.arm}, lr {result.run.lr:g}: {result.val_loss:.3f}")
+            progress.update()
+    return [results[run] for run in runs]
+
+
+def of(results: Sequence[Result], arm: str, lr: float) -> list[Result]:
+    """The results of one arm at one learning rate, by seed."""
+    return sorted((r for r in results if r.run.arm == arm and r.run.lr == lr), key=lambda r: r.run.seed)
+
+
+def draw(results: Sequence[Result], file: Path) -> None:
+    """Loss and stable rank over steps: a line per arm for the mean over seeds, a band from lowest to highest."""
+    rates = sorted({r.run.lr for r in results})
+    figure, axes = plt.subplots(2, len(rates), figsize=(10, 7), sharex=True, sharey="row", squeeze=False)
+    for (top, bottom), lr in zip(axes.T, rates, strict=True):
+        for color, arm in enumerate(ARMS):
+            arm_results = of(results, arm, lr)
+            for ax, field in ((top, "losses"), (bottom, "stable_ranks")):
+                values_ST = np.array([getattr(r, field) for r in arm_results])
+                if field == "losses":  # a running mean over five points, for the eye
+                    values_ST = np.array([np.convolve(v, np.ones(5) / 5, "valid") for v in values_ST])
+                steps_T = arm_results[0].steps[-values_ST.shape[1] :]
+                ax.plot(steps_T, values_ST.mean(0), label=arm, color=f"C{color}")
+                ax.fill_between(steps_T, values_ST.min(0), values_ST.max(0), color=f"C{color}", alpha=0.2, linewidth=0)
+        top.set_title(f"peak learning rate {lr:g}")
+        bottom.set_xlabel("optimizer steps")
+        bottom.set_yscale("log", base=2)
+        bottom.yaxis.set_major_formatter("{x:g}")
+    axes[0, 0].set_ylabel("training loss (nats per byte)")
+    axes[0, 0].set_ylim(top=min(3.2, max(max(r.losses) for r in results)))
+    axes[1, 0].set_ylabel("stable rank of attention matrices")
+    axes[0, 0].legend(frameon=False)
+    figure.tight_layout()
+    figure.savefig(file, dpi=100)
+    plt.close(figure)
+
+
+def tabulate(results: Sequence[Result]) -> str:
+    """Markdown table of the validation loss by seed, its mean, the paired difference to AdamW, and the stable rank."""
+    lines = [
+        "| learning rate | arm | validation loss by seed | mean | paired difference to AdamW (lowest … highest) "
+        "| stable rank at the end |",
+        "|---|---|---|---|---|---|",
+    ]
+    for lr in sorted({r.run.lr for r in results}):
+        for arm in ARMS:
+            arm_results = of(results, arm, lr)
+            losses = [r.val_loss for r in arm_results]
+            differences = _differences(results, arm, lr)
+            difference = (
+                ""
+                if arm == BASELINE
+                else f"{mean(differences):+.3f} ({min(differences):+.3f} … {max(differences):+.3f})"
+            )
+            lines.append(
+                f"| {lr:g} | {arm} | {' / '.join(f'{loss:.3f}' for loss in losses)} | {mean(losses):.3f} "
+                f"| {difference} | {_final_rank(arm_results):.1f} |"
+            )
+    return "\n".join(lines)
+
+
+def summarize(results: Sequence[Result]) -> str:
+    """One paragraph that says what the runs show, whatever it is."""
+    low, high = (mean(r.val_loss for r in of(results, BASELINE, lr)) for lr in (GOOD_LR, HIGH_LR))
+    ranks = [_final_rank(of(results, BASELINE, lr)) for lr in (GOOD_LR, HIGH_LR)]
+    seeds = len(of(results, BASELINE, GOOD_LR))
+    sentences = [
+        f"Over {seeds} seed{'s' * (seeds != 1)}, {BASELINE} ends at a validation loss of {low:.3f} nats per byte with "
+        f"learning rate {GOOD_LR:g} and at {high:.3f} with {HIGH_LR:g}; its attention matrices end at a stable rank of "
+        f"{ranks[0]:.1f} and {ranks[1]:.1f}."
+    ]
+    for lr in (GOOD_LR, HIGH_LR):
+        verdicts = []
+        for arm in list(ARMS)[1:]:
+            differences = _differences(results, arm, lr)
+            if max(differences) < 0:
+                verdict = "better on every seed"
+            elif min(differences) > 0:
+                verdict = "worse on every seed"
+            else:
+                verdict = "better on some seeds and worse on others"
+            verdicts.append(f"{arm} by {mean(differences):+.3f} ({verdict})")
+        sentences.append(f"At {lr:g} the arms differ from it thus: {'; '.join(verdicts)}.")
+    return " ".join(sentences)
+
+
+def _differences(results: Sequence[Result], arm: str, lr: float) -> list[float]:
+    """Validation loss minus that of AdamW with the same seed, which sees the same data from the same start."""
+    pairs = zip(of(results, arm, lr), of(results, BASELINE, lr), strict=True)
+    return [ours.val_loss - theirs.val_loss for ours, theirs in pairs]
+
+
+def _final_rank(results: Sequence[Result]) -> float:
+    return math.exp(mean(math.log(r.stable_ranks[-1]) for r in results))
+
+
+def main(
+    steps: int = 700, seeds: int = 3, workers: int = os.cpu_count() or 1, folder: Path = Path("runs/demo")
+) -> None:
+    """Trains every arm at a good and at a too high learning rate and shows what came of it.
+
+    Args:
+        steps: Optimizer steps per run.
+        seeds: Runs per arm and learning rate.
+        workers: Runs at a time, one core each.
+        folder: Where logs, figure and table go.
+    """
+    if steps < 10 * PERIOD:
+        raise ValueError(f"steps must be at least {10 * PERIOD}, got {steps}")
+    for name, value in (("seeds", seeds), ("workers", workers)):
+        if value < 1:
+            raise ValueError(f"{name} must be a positive integer, got {value}")
+    folder.mkdir(parents=True, exist_ok=True)
+    # The high rates first: they are what one waits for.
+    runs = [Run(arm, lr, seed) for seed in range(seeds) for lr in (HIGH_LR, GOOD_LR) for arm in ARMS]
+    results = train_all(runs, steps, workers, folder)
+    draw(results, folder / "demo.png")
+    text = f"{tabulate(results)}\n\n{summarize(results)}\n"
+    (folder / "demo.md").write_text(text)
+    print(f"\n{text}\nFigure: {folder}/demo.png   Curves: tensorboard --logdir {folder}")
+
+
+if __name__ == "__main__":
+    auto_cli(main)

@@ -1,0 +1,22 @@
+"""Shared set-up.
+
+GPU tests are deselected where there is no GPU, so that a green run never hides a skipped one. Tests compute with one
+thread: tiny matrices gain nothing from more, and several processes would fight for the cores.
+"""
+
+import os
+
+import pytest
+import torch
+
+os.environ["OMP_NUM_THREADS"] = "1"  # for the processes that tests start
+torch.set_num_threads(1)
+
+
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    if torch.cuda.is_available():
+        return
+    gpu = [item for item in items if item.get_closest_marker("gpu")]
+    if gpu:
+        config.hook.pytest_deselected(items=gpu)
+        items[:] = [item for item in items if item not in gpu]
