@@ -1,6 +1,6 @@
 """MSign (arXiv 2602.01734): periodic stable-rank restoration against LLM training collapse.
 
-`MSignCallback` needs Lightning and is loaded on first use; everything else needs only PyTorch.
+The callbacks need Lightning and are loaded on first use; everything else needs only PyTorch.
 """
 
 from typing import TYPE_CHECKING, Any
@@ -9,10 +9,11 @@ from msign_lightning._version import __version__
 from msign_lightning.linalg import msign, restore, stable_rank
 from msign_lightning.restoration import Report, Restoration
 from msign_lightning.schedule import Schedule
+from msign_lightning.spike_no_more import spike_no_more_
 from msign_lightning.targets import Cut, Target, format_targets, select_targets
 
 if TYPE_CHECKING:
-    from msign_lightning.callbacks import MSignCallback
+    from msign_lightning.callbacks import MSignCallback, SpikeNoMoreCallback
 
 __all__ = [
     "Cut",
@@ -20,19 +21,21 @@ __all__ = [
     "Report",
     "Restoration",
     "Schedule",
+    "SpikeNoMoreCallback",
     "Target",
     "__version__",
     "format_targets",
     "msign",
     "restore",
     "select_targets",
+    "spike_no_more_",
     "stable_rank",
 ]
 
 
 def __getattr__(name: str) -> Any:
-    if name == "MSignCallback":
-        from msign_lightning.callbacks import MSignCallback
+    if name in ("MSignCallback", "SpikeNoMoreCallback"):
+        from msign_lightning import callbacks
 
-        return MSignCallback
+        return getattr(callbacks, name)
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

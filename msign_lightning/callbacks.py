@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import Any, cast
 
 import lightning.pytorch as pl
-from lightning.pytorch.callbacks import Callback
+from lightning.pytorch.callbacks import Callback, StochasticWeightAveraging, WeightAveraging
 from lightning.pytorch.strategies import DeepSpeedStrategy
 from lightning.pytorch.utilities import rank_zero_info
 from torch.utils.hooks import RemovableHandle
@@ -14,6 +14,7 @@ from torch.utils.hooks import RemovableHandle
 from msign_lightning.linalg import Method, Rule, check_options
 from msign_lightning.restoration import Report, Restoration
 from msign_lightning.schedule import Schedule
+from msign_lightning.spike_no_more import Shortcut, add_shortcut_, check_settings, spike_no_more_
 from msign_lightning.targets import Cut
 
 
@@ -138,3 +139,78 @@ class MSignCallback(Callback):
         """Takes over the trainer's count; `load_state_dict`, called next, knows the exact one if it was saved."""
         optimizers = max(1, len(checkpoint.get("optimizer_states", ())))
         self.load_state_dict({"steps": [checkpoint["global_step"] // optimizers] * optimizers})
+
+
+class SpikeNoMoreCallback(Callback):
+    """Prepares a new model for stable pre-training (Spike No More, arXiv 2312.16903).
+
+    *Small sub-layers*: before fitting, the token embedding (of width d) and the matrices of attention and MLP are drawn
+    from N(0, 2/(5d)), with W_O and the MLP's W_2 divided by √(2N) for N layers. *Large shortcut*: the embedding's
+    output is multiplied by √d, or normalised.
+
+    It happens in `setup`: before a checkpoint (`ckpt_path`) is loaded, whose weights hence stay, before the optimizers
+    are made and before the model is sharded. The shortcut is no part of a checkpoint, so every trainer that loads or
+    evaluates one needs this callback too. A model that holds trained weights when it is given to the trainer needs
+    `init=False`. Either half is done at most once to a model, however often it is fitted.
+
+    The weights are drawn from the global generator, hence governed by `seed_everything`; a resumed run draws as many.
+
+    A model that is built in `configure_model` does not exist in time: call `spike_no_more_` at the end of that hook.
+
+    Example::
+
+        trainer = Trainer(callbacks=[SpikeNoMoreCallback()])
+
+    Args:
+        shortcut: "scaled_embed" (× √d), "embed_ln" (LayerNorm), or None for a model whose embeddings are large already.
+        init: Whether to draw the weights anew; False for a model that holds trained weights.
+        embedding: Name of the module that embeds the tokens, as in `named_modules()` of the LightningModule; None to
+            find it.
+        targets: The matrices to draw: "all_2d" or globs over parameter names.
+        outputs: Globs for the matrices that write to the residual stream; None to find them.
+        n_layers: N; None for the number of attentions.
+
+    Raises:
+        ValueError: An argument is out of its range; or in `setup`, the embedding, the matrices or their outputs can't
+            be identified, or a callback that averages weights comes before this one.
+    """
+
+    def __init__(
+        self,
+        shortcut: Shortcut | None = "scaled_embed",
+        *,
+        init: bool = True,
+        embedding: str | None = None,
+        targets: str | Sequence[str] = "all_2d",
+        outputs: str | Sequence[str] | None = None,
+        n_layers: int | None = None,
+    ) -> None:
+        check_settings(shortcut, n_layers)
+        self._shortcut = shortcut
+        self._init = init
+        self._embedding = embedding
+        self._settings: dict[str, Any] = {"targets": targets, "outputs": outputs, "n_layers": n_layers}
+
+    def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
+        """Prepares the model."""
+        callbacks: list[Callback] = cast(Any, trainer).callbacks
+        for callback in callbacks[: callbacks.index(self)]:
+            if isinstance(callback, (WeightAveraging, StochasticWeightAveraging)):
+                # It has copied the model, and would average the copy's weights, without a shortcut.
+                name = type(callback).__name__
+                raise ValueError(f"SpikeNoMoreCallback must come before {name} in callbacks, got it after")
+        if stage == "fit":
+            report = spike_no_more_(
+                pl_module, self._shortcut, init=self._init, embedding=self._embedding, **self._settings
+            )
+            rank_zero_info(report.describe())
+        else:
+            # The weights in hand may be new or trained: a fit that follows may still draw them.
+            add_shortcut_(pl_module, self._shortcut, embedding=self._embedding)
+
+    def on_validation_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Sees to it that weights which the trainer has loaded to evaluate them stay, if it fits them later."""
+        if trainer.ckpt_path is not None:
+            spike_no_more_(pl_module, self._shortcut, init=False, embedding=self._embedding)
+
+    on_test_start = on_predict_start = on_validation_start

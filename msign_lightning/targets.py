@@ -25,7 +25,7 @@ from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 from torch.nn.utils.parametrize import ParametrizationList
 
-__all__ = ["Cut", "Target", "format_targets", "select_targets"]
+__all__ = ["Cut", "EmptySelectionError", "Target", "format_targets", "select_targets"]
 
 Group = Literal["attention", "mlp", "other"]
 
@@ -34,6 +34,10 @@ PRESETS: Mapping[str, tuple[Group, ...]] = {
     "mlp": ("mlp",),
     "all_2d": ("attention", "mlp"),
 }
+
+
+class EmptySelectionError(ValueError):
+    """No matrix of the model is chosen, although every glob matches something."""
 
 
 @dataclass(frozen=True)
@@ -190,7 +194,8 @@ def select_targets(
             a parameter is a single matrix.
 
     Raises:
-        ValueError: If nothing is chosen; if a glob matches nothing; if two ``cuts`` match one parameter or a cut does
+        EmptySelectionError: If nothing is chosen.
+        ValueError: If a glob matches nothing; if two ``cuts`` match one parameter or a cut does
             not fit; or if a chosen parameter looks fused in a way that is not known.
     """
     wanted = [targets] if isinstance(targets, str) else list(targets)
@@ -214,7 +219,7 @@ def select_targets(
 
     chosen = [target for candidate, cut in cut_of.items() for target in _select(candidate, cut, wanted, unwanted)]
     if not chosen:
-        raise ValueError(
+        raise EmptySelectionError(
             f"targets must choose at least one matrix, got targets={targets!r}, exclude={exclude!r}; "
             f"the model has {_summary(candidates) or 'no parameters'}"
         )

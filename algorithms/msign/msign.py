@@ -1,0 +1,195 @@
+"""MSign (arXiv 2602.01734) for Composer: a thin shell around the framework-free core, like `MSignCallback`."""
+
+from __future__ import annotations
+
+import logging
+import warnings
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from composer.algorithms.sam import SAMOptimizer
+from composer.algorithms.warnings import NoEffectWarning
+from composer.core import Algorithm, Event, State
+from composer.loggers import Logger
+from composer.utils import ensure_tuple
+from torch import nn
+from torch.optim import Optimizer
+from torch.utils.hooks import RemovableHandle
+
+from msign_lightning.linalg import Method, Rule, check_options
+from msign_lightning.restoration import Report, Restoration
+from msign_lightning.schedule import Schedule
+from msign_lightning.targets import Cut, EmptySelectionError
+
+log = logging.getLogger(__name__)
+
+
+def apply_msign(
+    model: nn.Module,
+    targets: str | Sequence[str] = "all_2d",
+    *,
+    rule: Rule = "msign",
+    method: Method = "auto",
+    rtol: float | None = None,
+    exclude: str | Sequence[str] = (),
+    cuts: Mapping[str, Cut] | None = None,
+) -> Report:
+    """Restores the weight matrices of a model once, now and in place.
+
+    Each target W becomes ‖W‖_F · UVᵀ / ‖UVᵀ‖_F (arXiv 2602.01734, Eq. 14), where W = USVᵀ is its reduced SVD.
+
+    Warns with `NoEffectWarning` if the model has no such matrix.
+
+    Example::
+
+        report = apply_msign(model, "attention")
+
+    Args:
+        model: The model that holds the matrices; if it is sharded, every rank must call this.
+        targets: "attention", "mlp", "all_2d" (both), or globs over parameter names.
+        rule: "msign" (Eq. 14), or "cap", which only lifts the stable rank to that of a random matrix.
+        method: How the matrix sign is computed: "auto" picks by device and size, "svd" is exact in fp64.
+        rtol: Singular values below rtol · σ₁ count as zero; None for the default of the weights' dtype.
+        exclude: Globs over parameter names to leave out.
+        cuts: Globs over parameter names → `Cut`, for fused parameters whose layout cannot be known.
+
+    Returns:
+        What was done to which matrix; its `step` is 0, for no optimizer step was counted.
+
+    Raises:
+        ValueError: An argument is out of its range, or a glob matches nothing.
+    """
+    try:
+        restoration = Restoration(
+            model, targets=targets, rule=rule, method=method, rtol=rtol, exclude=exclude, cuts=cuts
+        )
+    except EmptySelectionError as error:
+        warnings.warn(NoEffectWarning(f"apply_msign had no effect: {error}"), stacklevel=2)
+        return Report(step=0, matrices=(), seconds=0.0)
+    return restoration.apply()
+
+
+class MSign(Algorithm):
+    """Restores the stable rank of weight matrices every `period` optimizer steps (MSign, arXiv 2602.01734).
+
+    After optimizer steps P, 2P, 3P, … each target W becomes ‖W‖_F · UVᵀ / ‖UVᵀ‖_F (Eq. 14), where W = USVᵀ is its
+    reduced SVD. At `Event.FIT_START` it hooks into the optimizers, and from then on acts inside `optimizer.step()`:
+    hence before learning rate schedulers, `EMA`, checkpoints and evaluation, whatever the order of the algorithms. Only
+    completed optimizer steps count: not micro-batches, nor steps that the gradient scaler skips; with `SAM`, one per
+    batch.
+
+    Each application is logged under `msign/...`, at the same step as the loss of its batch.
+
+    Resuming from a checkpoint continues the count exactly. A checkpoint that was saved without MSign continues at the
+    trainer's own count of batches.
+
+    Warns with `NoEffectWarning` when fitting starts if the model has no such matrix.
+
+    An application disturbs the loss for some steps: let none fall on the last steps before the final evaluation,
+    e.g. with `stop=max_steps - period`.
+
+    Example::
+
+        trainer = Trainer(..., algorithms=[MSign(period=100)])
+
+    Args:
+        period: P, the number of optimizer steps between two applications.
+        targets: "attention", "mlp", "all_2d" (both), or globs over parameter names.
+        rule: "msign" (Eq. 14), or "cap", which only lifts the stable rank to that of a random matrix.
+        method: How the matrix sign is computed: "auto" picks by device and size, "svd" is exact in fp64.
+        rtol: Singular values below rtol · σ₁ count as zero; None for the default of the weights' dtype.
+        exclude: Globs over parameter names to leave out.
+        cuts: Globs over parameter names → `Cut`, for fused parameters whose layout cannot be known.
+        start: First step at which an application may happen.
+        stop: Last step at which an application may happen; None for no end.
+
+    Raises:
+        ValueError: An argument is out of its range; or when fitting starts, a glob matches nothing.
+        RuntimeError: When fitting starts under FSDP1, which keeps no matrix in one piece.
+    """
+
+    def __init__(
+        self,
+        period: int = 100,
+        targets: str | Sequence[str] = "all_2d",
+        *,
+        rule: Rule = "msign",
+        method: Method = "auto",
+        rtol: float | None = None,
+        exclude: str | Sequence[str] = (),
+        cuts: Mapping[str, Cut] | None = None,
+        start: int = 0,
+        stop: int | None = None,
+    ) -> None:
+        Schedule(period, start, stop)
+        check_options(rule=rule, method=method, rtol=rtol)
+        self._settings: dict[str, Any] = {
+            "period": period,
+            "targets": targets,
+            "rule": rule,
+            "method": method,
+            "rtol": rtol,
+            "exclude": exclude,
+            "cuts": cuts,
+            "start": start,
+            "stop": stop,
+        }
+        self._restoration: Restoration | None = None
+        self._handles: list[RemovableHandle] = []
+        self._steps: list[int] = []
+
+    def __repr__(self) -> str:
+        return f"MSign({', '.join(f'{name}={value!r}' for name, value in self._settings.items())})"
+
+    def match(self, event: Event, state: State) -> bool:
+        """Where a trainer begins, and where fitting begins and ends; in between, the optimizers call."""
+        return event in (Event.INIT, Event.FIT_START, Event.FIT_END)
+
+    def apply(self, event: Event, state: State, logger: Logger) -> None:
+        """Selects the targets and hooks into the optimizers when fitting starts; otherwise lets go of them."""
+        self._detach()
+        if event == Event.INIT:
+            self._steps = []
+        elif event == Event.FIT_START:
+            self._attach(state, logger)
+
+    def _attach(self, state: State, logger: Logger) -> None:
+        if state.fsdp_config_version == 1:
+            raise RuntimeError("MSign does not support FSDP1, which flattens the weights: set FSDP_VERSION=2")
+        try:
+            restoration = Restoration(state.model, **self._settings)
+        except EmptySelectionError as error:
+            warnings.warn(NoEffectWarning(f"MSign has no effect: {error}"), stacklevel=2)
+            return
+        optimizers = [_innermost(optimizer) for optimizer in ensure_tuple(state.optimizers)]
+        self._handles = restoration.attach(*optimizers, on_report=lambda report: logger.log_metrics(report.metrics()))
+        if batches := int(state.timestamp.batch):  # at zero the run is new, or `fit(reset_time=True)` says so
+            restoration.load_state_dict({"steps": self._steps or [batches] * len(optimizers)})
+        self._restoration = restoration
+        log.info(restoration.describe())
+
+    def _detach(self) -> None:
+        self._steps = self._count()
+        for handle in self._handles:
+            handle.remove()
+        self._handles, self._restoration = [], None
+
+    def _count(self) -> list[int]:
+        return list(self._steps) if self._restoration is None else self._restoration.steps
+
+    def state_dict(self) -> dict[str, Any]:
+        """The representation, as of every algorithm, and the completed optimizer steps, per optimizer.
+
+        Composer restores algorithms by class, so several instances get the state of the last of them. They count the
+        same steps, so any of their states serves.
+        """
+        return {**super().state_dict(), "steps": self._count()}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Continues the saved count."""
+        self._steps = list(state["steps"])
+
+
+def _innermost(optimizer: Optimizer) -> Optimizer:
+    """The optimizer that `SAM` wraps, which steps once per completed step and not at all where the scaler skips one."""
+    return optimizer.base_optimizer if isinstance(optimizer, SAMOptimizer) else optimizer

@@ -1,0 +1,141 @@
+"""Spike No More (arXiv 2312.16903) for Composer: a thin shell around the framework-free core."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Sequence
+from typing import Any
+
+from composer.core import Algorithm, Event, State
+from composer.loggers import Logger
+from composer.utils import ensure_tuple, reproducibility
+from torch import nn
+from torch.optim import Optimizer
+
+from msign_lightning.spike_no_more import Shortcut, SpikeNoMoreReport, check_settings, spike_no_more_
+
+log = logging.getLogger(__name__)
+
+
+def apply_spike_no_more(
+    model: nn.Module,
+    shortcut: Shortcut | None = "scaled_embed",
+    *,
+    init: bool = True,
+    embedding: str | None = None,
+    targets: str | Sequence[str] = "all_2d",
+    outputs: str | Sequence[str] | None = None,
+    n_layers: int | None = None,
+    optimizers: Optimizer | Sequence[Optimizer] | None = None,
+) -> SpikeNoMoreReport:
+    """Prepares a new model for stable pre-training, in place (arXiv 2312.16903).
+
+    Draws the embedding and the matrices of attention and MLP from N(0, 2/(5d)), with W_O and the MLP's W_2 divided by
+    √(2N), and makes the embeddings' output large. Done at most once to a model. See
+    `msign_lightning.spike_no_more.spike_no_more_`.
+
+    Example::
+
+        apply_spike_no_more(model, "embed_ln", optimizers=optimizer)
+
+    Args:
+        model: The model, before it is wrapped.
+        shortcut: "scaled_embed" (× √d), "embed_ln" (LayerNorm), or None.
+        init: Whether to draw the weights anew; False for a model that holds trained weights.
+        embedding: Name of the module that embeds the tokens; None to find it.
+        targets: The matrices to draw: "all_2d" or globs over parameter names.
+        outputs: Globs for the matrices that write to the residual stream; None to find them.
+        n_layers: N; None for the number of attentions.
+        optimizers: Optimizers made before this call, to train the new LayerNorm of "embed_ln" too: in the group of the
+            model's other vectors (gains, biases), else in that of the embedding.
+
+    Returns:
+        What was done.
+
+    Raises:
+        ValueError: An argument is out of its range, or the embedding, the matrices or their outputs can't be
+            identified.
+    """
+    report = spike_no_more_(
+        model, shortcut, init=init, embedding=embedding, targets=targets, outputs=outputs, n_layers=n_layers
+    )
+    if report.shortcut == "embed_ln":
+        for optimizer in ensure_tuple(optimizers):
+            _train_norm(optimizer, model, model.get_submodule(report.embedding))
+    return report
+
+
+class SpikeNoMore(Algorithm):
+    """Prepares a new model for stable pre-training at `Event.INIT` (Spike No More, arXiv 2312.16903).
+
+    Draws the embedding and the matrices of attention and MLP from N(0, 2/(5d)), with W_O and the MLP's W_2 divided by
+    √(2N), and makes the embeddings' output large. That comes before the trainer loads a checkpoint (`load_path`,
+    `autoresume`), whose weights hence stay; every trainer that loads or evaluates such a checkpoint needs this
+    algorithm too. A model that holds trained weights when it is given to the trainer needs `init=False`.
+
+    The weights are drawn with the trainer's seed, the same on every rank, whatever the state of the generator.
+
+    Example::
+
+        trainer = Trainer(..., algorithms=[SpikeNoMore()])
+
+    Args:
+        shortcut: "scaled_embed" (× √d), "embed_ln" (LayerNorm), or None.
+        init: Whether to draw the weights anew; False for a model that holds trained weights.
+        embedding: Name of the module that embeds the tokens; None to find it.
+        targets: The matrices to draw: "all_2d" or globs over parameter names.
+        outputs: Globs for the matrices that write to the residual stream; None to find them.
+        n_layers: N; None for the number of attentions.
+
+    Raises:
+        ValueError: An argument is out of its range; or when the trainer begins, the embedding, the matrices or their
+            outputs can't be identified.
+    """
+
+    def __init__(
+        self,
+        shortcut: Shortcut | None = "scaled_embed",
+        *,
+        init: bool = True,
+        embedding: str | None = None,
+        targets: str | Sequence[str] = "all_2d",
+        outputs: str | Sequence[str] | None = None,
+        n_layers: int | None = None,
+    ) -> None:
+        check_settings(shortcut, n_layers)
+        self._settings: dict[str, Any] = {
+            "shortcut": shortcut,
+            "init": init,
+            "embedding": embedding,
+            "targets": targets,
+            "outputs": outputs,
+            "n_layers": n_layers,
+        }
+
+    def __repr__(self) -> str:
+        return f"SpikeNoMore({', '.join(f'{name}={value!r}' for name, value in self._settings.items())})"
+
+    @staticmethod
+    def required_on_load() -> bool:
+        """The weights of a checkpoint mean something else without the shortcut."""
+        return True
+
+    def match(self, event: Event, state: State) -> bool:
+        """Once, where a trainer begins."""
+        return event == Event.INIT
+
+    def apply(self, event: Event, state: State, logger: Logger) -> None:
+        """Prepares the model, and has the optimizer train what is new."""
+        with reproducibility.seed_context(state.rank_zero_seed):
+            report = apply_spike_no_more(state.model, optimizers=state.optimizers, **self._settings)
+        logger.log_hyperparameters({"spike_no_more/matrices": len(report.matrices)})
+        log.info(report.describe())
+
+
+def _train_norm(optimizer: Optimizer, model: nn.Module, embedding: nn.Module) -> None:
+    """Adds the embedding's norm to an optimizer that does not train it yet."""
+    groups = {parameter: group for group in optimizer.param_groups for parameter in group["params"]}
+    new = [parameter for parameter in embedding.get_submodule("norm").parameters() if parameter not in groups]
+    vectors = (parameter for parameter in model.parameters() if parameter.ndim == 1)
+    alike = (groups[p] for p in (*vectors, embedding.get_parameter("weight")) if p in groups)
+    next(alike, optimizer.param_groups[0])["params"].extend(new)
