@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import platform
 import statistics
+import time
 from collections.abc import Callable
 from datetime import date
 from pathlib import Path
@@ -22,7 +23,6 @@ from typing import NamedTuple
 import torch
 from jsonargparse import auto_cli
 from torch import Tensor
-from torch.utils.benchmark import Timer
 from tqdm import tqdm
 
 from msign_lightning import Restoration, __version__, restore
@@ -74,19 +74,27 @@ def plain_svd(stack: Tensor) -> None:
         W.norm() / sign.norm() * sign
 
 
-def take_turns(candidates: dict[str, Callable[[], object]], rounds: int) -> dict[str, list[float]]:
-    """Seconds of each candidate in each round."""
-    timers = {
-        name: Timer("run()", globals={"run": run}, num_threads=torch.get_num_threads())
-        for name, run in candidates.items()
-    }
-    for timer in timers.values():
-        timer.timeit(1)  # warm up
+def take_turns(
+    candidates: dict[str, Callable[[], object]], device: torch.device, rounds: int
+) -> dict[str, list[float]]:
+    """Seconds of each candidate in each round, after one round to warm up."""
     seconds: dict[str, list[float]] = {name: [] for name in candidates}
-    for _ in range(rounds):
-        for name, timer in timers.items():
-            seconds[name].append(timer.timeit(1).mean)
-    return seconds
+    for _ in range(rounds + 1):
+        for name, run in candidates.items():
+            began = time.perf_counter()
+            run()
+            if device.type == "cuda":
+                torch.cuda.synchronize()
+            seconds[name].append(time.perf_counter() - began)
+    return {name: values[1:] for name, values in seconds.items()}
+
+
+def collapsing(count: int, n: int) -> Tensor:
+    """Gaussian n × n matrices with two spikes, of stable rank about 2: what a run about to collapse holds."""
+    generator = torch.Generator().manual_seed(0)
+    u, v = (torch.linalg.qr(torch.randn(count, n, 2, generator=generator))[0] for _ in range(2))
+    spikes = torch.tensor([n**0.5, n**0.5 / 2])
+    return torch.randn(count, n, n, generator=generator) / n**0.5 + u * spikes @ v.mT
 
 
 def median_ratio(numerator: list[float], denominator: list[float]) -> float:
@@ -115,14 +123,11 @@ def compare_methods(device: torch.device, rounds: int) -> str:
         f"|---|---|{'---|' * len(names)}",
     ]
     for case, (count, n) in tqdm(STACKS.items(), desc="methods"):
-        generator = torch.Generator().manual_seed(0)
-        decay = torch.logspace(0, -3, n)  # low stable rank, as in a run about to collapse
-        left, right = (torch.linalg.qr(torch.randn(count, n, n, generator=generator))[0] for _ in range(2))
-        stack = (left * decay @ right).to(device)
+        stack = collapsing(count, n).to(device)
         candidates: dict[str, Callable[[], object]] = {"plain": lambda stack=stack: plain_svd(stack)}
         for name, arguments in methods:
             candidates[name] = lambda stack=stack, arguments=arguments: restore(stack, **arguments)
-        seconds = take_turns(candidates, rounds)
+        seconds = take_turns(candidates, device, rounds)
         ratios = " | ".join(f"{median_ratio(seconds[name], seconds['plain']):.2f}" for name in names)
         lines.append(f"| {case}: {count} × {n}² | {1e3 * statistics.median(seconds['plain']):.1f} | {ratios} |")
     return "\n".join(lines)
@@ -148,7 +153,7 @@ def compare_with_step(name: str, device: torch.device, method: Method, tokens: i
         optimizer.step()
         optimizer.zero_grad()
 
-    seconds = take_turns({"step": step, "application": restoration.apply}, rounds)
+    seconds = take_turns({"step": step, "application": restoration.apply}, device, rounds)
     share = model.tokens_per_step / (micro_batches * batch[:, 1:].numel())
     r = median_ratio(seconds["application"], seconds["step"]) / share
     cell = f"| {name}, {sum(t.count for t in restoration.targets)} matrices | {method} "
@@ -171,24 +176,26 @@ def compare_models(device: torch.device, rounds: int) -> str:
     return "\n".join(lines)
 
 
-def main(rounds: int = 5, folder: Path = Path("benchmarks/results")) -> None:
+def main(rounds: int = 3, threads: int = 1, folder: Path = Path("benchmarks/results")) -> None:
     """Prints both tables and keeps them with date, device and versions.
 
     Args:
         rounds: How often the candidates take turns.
+        threads: Threads that PyTorch may use on the CPU; more than one pays for large matrices only.
         folder: Where the report goes.
     """
-    if rounds < 1:
-        raise ValueError(f"rounds must be a positive integer, got {rounds}")
+    for name, value in (("rounds", rounds), ("threads", threads)):
+        if value < 1:
+            raise ValueError(f"{name} must be a positive integer, got {value}")
+    torch.set_num_threads(threads)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     hardware = torch.cuda.get_device_name() if device.type == "cuda" else f"{platform.machine()} CPU"
-    cpu_note = "" if device.type == "cuda" else f" ({torch.get_num_threads()} threads)"
     report = "\n".join(
         [
             f"# Cost of one application on {hardware}",
             "",
-            f"`python -m benchmarks.application --rounds {rounds}`, {date.today()}, msign-lightning {__version__}, "
-            f"torch {torch.__version__}, Python {platform.python_version()}{cpu_note}.",
+            f"`python -m benchmarks.application --rounds {rounds} --threads {threads}`, {date.today()}, "
+            f"msign-lightning {__version__}, torch {torch.__version__}, Python {platform.python_version()}.",
             "Medians over rounds; the methods' columns are ratios to the plain way, an fp32 SVD per matrix.",
             "",
             compare_methods(device, rounds),

@@ -84,8 +84,8 @@ class Recorder(pl.Callback):
         self._recent.append(outputs["loss"])
         if (trainer.global_step + 1) % PERIOD:
             return
-        matrices = [target.parameter.detach() for target in select_targets(pl_module, "attention")]
-        ranks = torch.cat([stable_rank(m).view(1) for m in matrices])
+        targets = select_targets(pl_module, "attention")
+        ranks = torch.cat([stable_rank(target.matrix(target.parameter)) for target in targets])
         self.steps.append(trainer.global_step)
         self.losses.append(torch.stack(self._recent).mean().item())
         self.stable_ranks.append(ranks.clamp(min=1).log().mean().exp().item())
@@ -240,7 +240,7 @@ def _final_rank(results: Sequence[Result]) -> float:
 
 
 def main(
-    steps: int = 700, seeds: int = 3, workers: int = os.cpu_count() or 1, folder: Path = Path("runs/demo")
+    steps: int = 500, seeds: int = 3, workers: int = os.cpu_count() or 1, folder: Path = Path("runs/demo")
 ) -> None:
     """Trains every arm at a good and at a too high learning rate and shows what came of it.
 
@@ -249,13 +249,20 @@ def main(
         seeds: Runs per arm and learning rate.
         workers: Runs at a time, one core each.
         folder: Where logs, figure and table go.
+
+    Raises:
+        ValueError: An argument is out of its range, or the folder can't be written to.
     """
     if steps < 10 * PERIOD:
         raise ValueError(f"steps must be at least {10 * PERIOD}, got {steps}")
     for name, value in (("seeds", seeds), ("workers", workers)):
         if value < 1:
             raise ValueError(f"{name} must be a positive integer, got {value}")
-    folder.mkdir(parents=True, exist_ok=True)
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        (folder / "demo.md").touch()
+    except OSError as error:
+        raise ValueError(f"folder must be one that can be written to, got {str(folder)!r}") from error
     # The high rates first: they are what one waits for.
     runs = [Run(arm, lr, seed) for seed in range(seeds) for lr in (HIGH_LR, GOOD_LR) for arm in ARMS]
     results = train_all(runs, steps, workers, folder)
