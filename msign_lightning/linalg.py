@@ -535,19 +535,20 @@ def _cap_by_triplets_(X: Tensor, rtol: float) -> RestoreReport:
     limit = gaussian_stable_rank(*X.shape[-2:])
     k = min(_CAP_TRIPLETS, *X.shape[-2:])
     U, S, V = _triplets(W, _noise(W, k), _CAP_ITERATIONS)
+    norm = _frobenius(W)
+    residual = torch.linalg.vector_norm(W.mT @ U - V * S.unsqueeze(-2), dim=-2)
+    W.baddbmm_(U * S.unsqueeze(-2), V.mT, alpha=-1)
     # Measured, since a difference of squares would lose what a nearly low-rank matrix has besides.
-    rest = _frobenius(torch.baddbmm(W, U * S.unsqueeze(-2), V.mT, alpha=-1)).square()[:, :, 0]
+    rest = _frobenius(W).square()[:, :, 0]
     tau = _cap_threshold(S, rest, limit)
     cut = S[:, :1] > tau  # never so where W was not finite, and is zero here
 
-    excess = (S - tau).clamp(min=0)
-    residual = torch.linalg.vector_norm(W.mT @ U - V * S.unsqueeze(-2), dim=-2)
     # A wrong direction costs no more than its residual, and no more than what is cut from it.
+    excess = (S - tau).clamp(min=0)
     error = torch.linalg.vector_norm(torch.minimum(residual, excess), dim=-1, keepdim=True)
     trusted = (S[:, -1:] <= tau) & (error <= _CAP_TOLERANCE * tau) & (rtol * S[:, :1] < S[:, -1:])
 
-    norm = _frobenius(W)
-    capped = W.baddbmm_(U * excess.unsqueeze(-2), V.mT, alpha=-1)
+    capped = W.baddbmm_(U * S.minimum(tau).unsqueeze(-2), V.mT)
     new_norm = _frobenius(capped)
     before = _ratio(norm[:, 0], S[:, :1]).square()
     after = _ratio(new_norm[:, 0], S[:, :1].minimum(tau)).square()

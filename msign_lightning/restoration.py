@@ -175,7 +175,7 @@ class Restoration:
         for chunk in _chunks(self._shares[optimizer]):
             result = self._apply_to_chunk(chunk)
             names += [name for target in chunk for name in _matrix_names(target)]
-            results.append(torch.stack([field.double().cpu() for field in result]))
+            results.append(torch.stack([field.cpu().double() for field in result]))
         finite, changed, before, after = torch.cat(results, dim=1).tolist() if results else ((), (), (), ())
         matrices = tuple(
             MatrixReport(name, bool(f), bool(c), b, a)

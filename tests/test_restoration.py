@@ -1,5 +1,7 @@
 """Restoration in plain PyTorch: schedule, equality with a naive loop, several optimizers, bad weights, sharding."""
 
+import itertools
+import json
 import logging
 from pathlib import Path
 
@@ -7,6 +9,7 @@ import pytest
 import torch
 import torch.multiprocessing as mp
 from torch import Tensor, nn
+from torch.profiler import ProfilerActivity, profile
 from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM
 
 from msign_lightning import Restoration, Schedule, restore, stable_rank
@@ -211,6 +214,23 @@ def test_small_chunks_give_the_same_weights(monkeypatch):
     report = Restoration(chunked, method="svd").apply()
     assert len(report.matrices) == 14
     assert_same(weights(whole), weights(chunked))
+
+
+@pytest.mark.parametrize("method", ["svd", "polynomial"])
+@pytest.mark.parametrize("rule", ["msign", "cap"])
+def test_an_application_needs_at_most_three_chunks_of_memory(rule, method, monkeypatch, tmp_path):
+    model = nn.ModuleDict({"mlp": nn.Sequential(*(nn.Linear(256, 256, bias=False) for _ in range(24)))})
+    chunk_bytes = 8 * 256 * 256 * 4
+    monkeypatch.setattr(restoration_module, "CHUNK_ELEMENTS", chunk_bytes // 4)
+    restoration = Restoration(model, rule=rule, method=method)
+    restoration.apply()
+    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
+        restoration.apply()
+    trace = tmp_path / "trace.json"
+    profiler.export_chrome_trace(str(trace))
+    events = [event for event in json.loads(trace.read_text())["traceEvents"] if event["name"] == "[memory]"]
+    held = list(itertools.accumulate(e["args"]["Bytes"] for e in sorted(events, key=lambda e: e["ts"])))
+    assert chunk_bytes <= max(held) <= 3.01 * chunk_bytes
 
 
 def test_several_optimizers_count_apart_and_restore_what_they_train():
