@@ -45,7 +45,7 @@ bench: $(VENV)/.installed
 	$(BIN)/python -m benchmarks.application
 
 gpu:
-	$(PYTHON) -m pytest -m gpu
+	$(PYTHON) -m pytest -m gpu tests/test_linalg_cuda.py tests/test_restoration_cuda.py
 	$(PYTHON) -m benchmarks.application
 
 wheel: $(VENV)/.installed

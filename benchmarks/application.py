@@ -12,6 +12,7 @@ them alike.
 
 from __future__ import annotations
 
+import argparse
 import platform
 import statistics
 import time
@@ -21,7 +22,6 @@ from pathlib import Path
 from typing import NamedTuple
 
 import torch
-from jsonargparse import auto_cli
 from torch import Tensor
 from tqdm import tqdm
 
@@ -176,14 +176,8 @@ def compare_models(device: torch.device, rounds: int) -> str:
     return "\n".join(lines)
 
 
-def main(rounds: int = 3, threads: int = 1, folder: Path = Path("benchmarks/results")) -> None:
-    """Prints both tables and keeps them with date, device and versions.
-
-    Args:
-        rounds: How often the candidates take turns.
-        threads: Threads that PyTorch may use on the CPU; more than one pays for large matrices only.
-        folder: Where the report goes.
-    """
+def main(rounds: int, threads: int, folder: Path) -> None:
+    """Prints both tables and keeps them with date, device and versions."""
     for name, value in (("rounds", rounds), ("threads", threads)):
         if value < 1:
             raise ValueError(f"{name} must be a positive integer, got {value}")
@@ -215,4 +209,8 @@ def main(rounds: int = 3, threads: int = 1, folder: Path = Path("benchmarks/resu
 
 
 if __name__ == "__main__":
-    auto_cli(main)
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--rounds", type=int, default=3, help="how often the candidates take turns")
+    parser.add_argument("--threads", type=int, default=1, help="threads that PyTorch may use on the CPU")
+    parser.add_argument("--folder", type=Path, default=Path("benchmarks/results"), help="where the report goes")
+    main(**vars(parser.parse_args()))
