@@ -7,7 +7,7 @@ from typing import Any, cast
 
 import lightning.pytorch as pl
 from lightning.pytorch.callbacks import Callback, StochasticWeightAveraging, WeightAveraging
-from lightning.pytorch.strategies import DeepSpeedStrategy
+from lightning.pytorch.strategies import DeepSpeedStrategy, FSDPStrategy
 from lightning.pytorch.utilities import rank_zero_info
 from torch.utils.hooks import RemovableHandle
 
@@ -52,7 +52,7 @@ class MSignCallback(Callback):
 
     Raises:
         ValueError: An argument is out of its range; or when fitting starts, nothing is selected.
-        RuntimeError: When fitting starts under DeepSpeed, whose optimizer does not step the weights themselves.
+        RuntimeError: When fitting starts under DeepSpeed or FSDP1, which train flat copies of the weights.
     """
 
     def __init__(
@@ -87,14 +87,20 @@ class MSignCallback(Callback):
 
     @property
     def state_key(self) -> str:
-        """One key per selection, so that a checkpoint holds the counts of several callbacks."""
-        targets = self._settings["targets"]
-        return self._generate_state_key(targets=targets if isinstance(targets, str) else list(targets))
+        """One key per settings, so that a checkpoint holds the counts of several callbacks.
+
+        With other settings than those of a checkpoint, the count goes on from the trainer's.
+        """
+        return self._generate_state_key(**self._settings)
 
     def on_fit_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Selects the targets and hooks into the optimizers, which exist by now."""
-        if isinstance(trainer.strategy, DeepSpeedStrategy):
-            raise RuntimeError("MSignCallback does not support DeepSpeed, which steps flat copies of the weights")
+        if isinstance(trainer.strategy, (DeepSpeedStrategy, FSDPStrategy)):
+            name = type(trainer.strategy).__name__
+            raise RuntimeError(
+                f"MSignCallback does not support {name}, which flattens the weights: use FSDP2, through "
+                "ModelParallelStrategy"
+            )
         self._remove_handles()
         self._restoration = Restoration(pl_module, **self._settings)
         loggers = trainer.loggers

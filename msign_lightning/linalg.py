@@ -9,7 +9,7 @@ import math
 from collections.abc import Iterator
 from contextlib import contextmanager
 from functools import lru_cache
-from typing import Literal, NamedTuple, get_args
+from typing import Any, Literal, NamedTuple, get_args
 
 import torch
 from torch import Tensor
@@ -57,6 +57,8 @@ _CAP_TRIPLETS = 16
 _CAP_ITERATIONS = 12
 _CAP_TOLERANCE = 1e-3
 _FRESH_NOISE = 0.1
+# PyTorch 2.9 and newer; whoever sets precisions by it makes the getter of the older one raise.
+_NEW_PRECISION_API = hasattr(torch.backends.cuda.matmul, "fp32_precision")
 
 
 class RestoreReport(NamedTuple):
@@ -199,8 +201,8 @@ def check_options(*, rule: Rule = "msign", method: Method = "auto", rtol: float 
         raise ValueError(f"rule must be one of {get_args(Rule)}, got {rule!r}")
     if method not in get_args(Method):
         raise ValueError(f"method must be one of {get_args(Method)}, got {method!r}")
-    if rtol is not None and not 0 <= rtol < 1:
-        raise ValueError(f"rtol must be in [0, 1), got {rtol}")
+    if rtol is not None and not (isinstance(rtol, (int, float)) and 0 <= rtol < 1):
+        raise ValueError(f"rtol must be in [0, 1), got {rtol!r}")
 
 
 def default_rtol(dtype: torch.dtype) -> float:
@@ -341,13 +343,21 @@ def _flat_copy(W: Tensor) -> Tensor:
 @contextmanager
 def _computing(X: Tensor, precision: Literal["highest", "high"] = "highest") -> Iterator[None]:
     """No autocast, and TF32 only with "high", whatever the caller has set."""
-    before = torch.get_float32_matmul_precision()
-    torch.set_float32_matmul_precision(precision)
+    modules: list[Any] = [torch.backends.cuda, torch.backends.mkldnn] if _NEW_PRECISION_API else []
+    backends = [module.matmul for module in modules]
+    before = [backend.fp32_precision for backend in backends] or torch.get_float32_matmul_precision()
     try:
+        if isinstance(before, str):
+            torch.set_float32_matmul_precision(precision)
+        for backend in backends:
+            backend.fp32_precision = "tf32" if precision == "high" else "ieee"
         with torch.autocast(X.device.type, enabled=False):
             yield
     finally:
-        torch.set_float32_matmul_precision(before)
+        if isinstance(before, str):
+            torch.set_float32_matmul_precision(before)
+        for backend, value in zip(backends, before, strict=False):
+            backend.fp32_precision = value
 
 
 def _finite_and_scale(X: Tensor) -> tuple[Tensor, Tensor]:

@@ -21,8 +21,11 @@ from msign_lightning.targets import Cut, Target, select_targets
 logger = logging.getLogger(__name__)
 
 CHUNK_ELEMENTS = 8 * 2048**2
-"""Most matrix elements in one batched call (or one target, if larger). It bounds the temporaries: an application needs
-at most three times one chunk in fp32, 400 MB, beyond the model, and eight 2048 × 2048 matrices fill a large GPU."""
+"""Most matrix elements in one batched call (or one target, if larger): eight 2048 × 2048 matrices fill a large GPU.
+
+It bounds the temporaries: an application needs at most three times one chunk in fp32, 400 MB, beyond the model and,
+where that is sharded, the gathered parameters.
+"""
 
 
 class MatrixReport(NamedTuple):
@@ -124,7 +127,8 @@ class Restoration:
     ) -> list[torch.utils.hooks.RemovableHandle]:
         """Steps by itself after each step of the optimizer, through its post-step hook.
 
-        A step that a gradient scaler skips is not counted. With several optimizers each counts its own steps, and an
+        Counting goes on from a state loaded before, if that had as many optimizers. A step that a gradient scaler
+        skips is not counted. With several optimizers each counts its own steps, and an
         application after a step of one restores only the matrices which that one trains.
 
         Args:
@@ -135,10 +139,11 @@ class Restoration:
             One handle per optimizer; `handle.remove()` detaches.
 
         Raises:
-            ValueError: No optimizer is given, or with several, one of the targets is trained by none of them.
+            ValueError: No optimizer is given, or one of the targets is trained by none of them.
         """
         self._shares = _share_out(self.targets, optimizers)
-        self._steps = [0] * len(optimizers)
+        if len(self._steps) != len(optimizers):
+            self._steps = [0] * len(optimizers)
 
         def hook_for(index: int) -> Callable[[Optimizer, tuple[Any, ...], dict[str, Any]], None]:
             def hook(optimizer: Optimizer, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
@@ -172,9 +177,9 @@ class Restoration:
         began = time.perf_counter()
         names: list[str] = []
         results: list[Tensor] = []
-        for chunk in _chunks(self._shares[optimizer]):
+        for chunk in chunks(self._shares[optimizer]):
             result = self._apply_to_chunk(chunk)
-            names += [name for target in chunk for name in _matrix_names(target)]
+            names += [name for target in chunk for name in matrix_names(target)]
             results.append(torch.stack([field.cpu().double() for field in result]))
         finite, changed, before, after = torch.cat(results, dim=1).tolist() if results else ((), (), (), ())
         matrices = tuple(
@@ -194,7 +199,7 @@ class Restoration:
 
     def _apply_to_chunk(self, chunk: Sequence[Target]) -> RestoreReport:
         wholes = {parameter: gather(parameter) for parameter in dict.fromkeys(t.parameter for t in chunk)}
-        matrices = torch.cat([_compute_dtype_of(t.matrix(wholes[t.parameter])) for t in chunk])
+        matrices = torch.cat([to_compute_dtype(t.matrix(wholes[t.parameter])) for t in chunk])
         rtol = default_rtol(chunk[0].parameter.dtype) if self.rtol is None else self.rtol
         result = restore_(matrices, rule=self.rule, method=self.method, rtol=rtol)
         counts = [target.count for target in chunk]
@@ -221,7 +226,8 @@ class Restoration:
         flops = sum(target.svd_flops for target in self.targets)
         return (
             f"{self.rule}: {sum(groups.values())} matrices ({counts}) of {parameters} parameters "
-            f"every {self.schedule.period} optimizer steps, {flops:.1e} SVD FLOPs each time"
+            f"every {self.schedule.period} optimizer steps from {self.schedule.first} on"
+            f"{'' if self.schedule.stop is None else f' up to {self.schedule.stop}'}, {flops:.1e} SVD FLOPs each time"
         )
 
     @property
@@ -241,11 +247,11 @@ class Restoration:
         """
         steps = list(state_dict["steps"])
         if len(steps) != len(self._steps):
-            raise ValueError(f"steps must hold one count per optimizer ({len(self._steps)}), got {steps}")
+            raise ValueError(f"the steps of MSign must hold one count per optimizer ({len(self._steps)}), got {steps}")
         self._steps = steps
 
 
-def _chunks(targets: Iterable[Target]) -> Iterator[list[Target]]:
+def chunks(targets: Iterable[Target]) -> Iterator[list[Target]]:
     """Targets whose matrices can be stacked (same shape, dtype and device), up to `CHUNK_ELEMENTS` at a time."""
     alike: dict[object, list[Target]] = {}
     for target in targets:
@@ -261,25 +267,28 @@ def _chunks(targets: Iterable[Target]) -> Iterator[list[Target]]:
         yield chunk
 
 
-def _matrix_names(target: Target) -> list[str]:
+def matrix_names(target: Target) -> list[str]:
+    """One name per matrix: the target's, numbered in a stack of experts."""
     return [target.name] if target.count == 1 else [f"{target.name}.{i}" for i in range(target.count)]
 
 
-def _compute_dtype_of(matrix: Tensor) -> Tensor:
+def to_compute_dtype(matrix: Tensor) -> Tensor:
+    """In float32 or better."""
     return matrix.to(torch.promote_types(matrix.dtype, torch.float32))
 
 
 def _share_out(targets: list[Target], optimizers: Sequence[Optimizer]) -> list[list[Target]]:
-    """The targets that each optimizer trains; all of them for a single optimizer."""
+    """The targets that each optimizer trains."""
     if not optimizers:
         raise ValueError("optimizers must hold at least one optimizer, got none")
-    if len(optimizers) == 1:
-        return [targets]
     trained = [{id(p) for group in optimizer.param_groups for p in group["params"]} for optimizer in optimizers]
     shares: list[list[Target]] = [[] for _ in optimizers]
     for target in targets:
         owners = [i for i, parameters in enumerate(trained) if id(target.parameter) in parameters]
         if not owners:
-            raise ValueError(f"every target must be trained by one of the optimizers, got {target.parameter_name!r}")
+            raise ValueError(
+                f"every target must be trained by one of the optimizers, got {target.parameter_name!r}, which is not: "
+                "exclude it or freeze it"
+            )
         shares[owners[0]].append(target)
     return shares

@@ -20,7 +20,8 @@ class Schedule:
             some steps, so a run of T steps that is evaluated at its end is best given `stop=T - period`.
 
     Raises:
-        ValueError: `period` is not a positive integer, `start` or `stop` is not an integer ≥ 0, or start > stop.
+        ValueError: `period` is not a positive integer, `start` or `stop` is not an integer ≥ 0, start > stop, or
+            no multiple of `period` lies between them.
     """
 
     period: int = 100
@@ -34,6 +35,16 @@ class Schedule:
             _check_integer("stop", self.stop, minimum=0)
             if self.start > self.stop:
                 raise ValueError(f"start must be at most stop, got start={self.start}, stop={self.stop}")
+            if self.first > self.stop:
+                raise ValueError(
+                    f"stop must be at least {self.first}, the first multiple of period {self.period} "
+                    f"from start {self.start} on, got {self.stop}"
+                )
+
+    @property
+    def first(self) -> int:
+        """The first step that an application follows."""
+        return self.period * max(1, -(-self.start // self.period))
 
     def due(self, step: int) -> bool:
         """Whether an application follows optimizer step number `step`."""

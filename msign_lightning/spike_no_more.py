@@ -81,18 +81,19 @@ def spike_no_more_(
     from the global generator of PyTorch, so that its seed governs them, and all ranks must share it as when they build
     the model.
 
-    *Large shortcut*: see :func:`add_shortcut_`. Without it the paper's models spike all the same.
+    *Large shortcut*: see `add_shortcut_`. Without it the paper's models spike all the same.
 
     Either is done at most once to a model: a second call finds it done, also on a copy of the model. To build the model
     of a checkpoint, call this before its weights are loaded, as when it was trained. For a model that holds trained
-    weights already pass ``init=False``: they are left as they are, now and by later calls.
+    weights already pass `init=False`: they are left as they are, now and by later calls. One whose norms are visibly
+    trained is refused without it.
 
     Args:
         model: The model, as a rule bare: before it is compiled, wrapped or sharded, and before its optimizer is made.
         shortcut: "scaled_embed", "embed_ln", or None for a model whose embeddings are already large, such as Gemma.
         init: Whether to draw the weights anew.
-        embedding: Name of the module that embeds the tokens, as in ``named_modules()``; None to find it.
-        targets: The matrices to draw: "all_2d" or globs over parameter names; see ``select_targets``.
+        embedding: Name of the module that embeds the tokens, as in `named_modules()`; None to find it.
+        targets: The matrices to draw: "all_2d" or globs over parameter names; see `select_targets`.
         outputs: Globs over parameter names, for those matrices that write to the residual stream; None to find them.
         n_layers: N; None for the number of attentions.
 
@@ -100,8 +101,8 @@ def spike_no_more_(
         What was done.
 
     Raises:
-        ValueError: An argument is out of its range, or the embedding, the matrices or their outputs can't be
-            identified. The model is unchanged then.
+        ValueError: An argument is out of its range, the weights are trained, or the embedding, the matrices or their
+            outputs can't be identified. The model is unchanged then.
     """
     check_settings(shortcut, n_layers)
     name, module = _find_embedding(model, embedding)
@@ -111,6 +112,7 @@ def spike_no_more_(
     matrices: list[Target] = []
     writers: list[Target] = []
     if init and "init" not in _done(module):
+        _check_new(model)
         matrices = select_targets(model, targets, cuts={"*": Cut()})  # the whole of a fused matrix is drawn alike
         writers = _find_outputs(matrices, outputs)
         _check_width(writers, width, name)
@@ -135,7 +137,7 @@ def add_shortcut_(
     """Makes the embeddings that enter the residual stream large (arXiv 2312.16903), in place.
 
     "scaled_embed" multiplies them by √d: with weights of N(0, 2/(5d)) their standard deviation becomes √(2/5).
-    "embed_ln" puts a new ``LayerNorm`` on them, whose parameters are called ``<embedding>.norm.weight`` and ``.bias``.
+    "embed_ln" puts a new `LayerNorm` on them, whose parameters are called `<embedding>.norm.weight` and `.bias`.
     It is a forward hook on the token embedding, which leaves the embedding's weight, hence a tied head, and the names
     in the state dict alone. A learned position is added afterwards and not scaled.
 
@@ -205,6 +207,14 @@ def _check_free(embedding: nn.Module, shortcut: Shortcut | None) -> None:
     present = _shortcut_of(embedding)
     if shortcut is not None and present not in (None, shortcut):
         raise ValueError(f"shortcut must be {present!r}, which the model already has, or None, got {shortcut!r}")
+
+
+def _check_new(model: nn.Module) -> None:
+    """Refuses a model whose norms have gains that differ, as only training makes them."""
+    for name, module in model.named_modules():
+        gain = getattr(module, "weight", None) if "norm" in type(module).__name__.lower() else None
+        if isinstance(gain, Tensor) and gain.ndim == 1 and not gain.is_meta and bool((gain != gain[0]).any()):
+            raise ValueError(f"init must be False for a model that holds trained weights, as {name} does, got True")
 
 
 # --- the embedding -----------------------------------------------------------------------------------------------

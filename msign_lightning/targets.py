@@ -1,12 +1,10 @@
 """From a model to the matrices that MSign restores (arXiv 2602.01734, Algorithm 1 and Sec. 5).
 
-The paper restores "attention" (W_Q, W_K, W_V, W_O, each a matrix of its own), "MLP" or "all 2D" (both) and never
-embeddings or the language-model head. Models store several of those matrices in one parameter (fused QKV, fused
-gate and up, stacks of experts), so a :class:`Target` is a parameter together with a :class:`Cut`: the sign of a
-stacked matrix is not the stack of the signs.
+Models store several matrices in one parameter (fused QKV, fused gate and up, stacks of experts), so a `Target` is a
+parameter together with a `Cut`: the sign of a stacked matrix is not the stack of the signs.
 
-Everything is recognised from a model's structure, names and class names, without importing any model library. A
-parameter that looks fused in a way that is not known is an error that asks for a cut, never a guess.
+All is recognised from a model's structure, names and class names, without importing any model library. A parameter
+that looks fused in a way that is not known is an error that asks for a cut, never a guess.
 """
 
 from __future__ import annotations
@@ -18,7 +16,7 @@ from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
-from typing import Literal, TypeGuard
+from typing import Any, Literal, TypeGuard
 
 import torch
 from torch import Tensor, nn
@@ -46,19 +44,19 @@ class Cut:
 
     Leading dimensions are a batch: a stack of experts (E, m, n) gives E matrices per piece. Examples:
 
-    - ``Cut()``: one matrix, the whole parameter.
-    - ``Cut((512, 128, 128), names=("q", "k", "v"))``: fused grouped-query attention, rows of Q, then K, then V.
-    - ``Cut((64, 64, 64), repeats=8)``: Q, K and V rows interleaved per head (GPT-NeoX, BLOOM).
-    - ``Cut((1, 1), dim=1, repeats=2880)``: gate and up columns interleaved one by one (GPT-OSS experts).
+    - `Cut()`: one matrix, the whole parameter.
+    - `Cut((512, 128, 128), names=("q", "k", "v"))`: fused grouped-query attention, rows of Q, then K, then V.
+    - `Cut((64, 64, 64), repeats=8)`: Q, K and V rows interleaved per head (GPT-NeoX, BLOOM).
+    - `Cut((1, 1), dim=1, repeats=2880)`: gate and up columns interleaved one by one (GPT-OSS experts).
 
     Args:
-        sizes: Length of each piece along ``dim`` within one repetition; empty for the whole.
+        sizes: Length of each piece along `dim` within one repetition; empty for the whole.
         dim: 0 to cut rows (m), 1 to cut columns (n), leading batch dimensions not counted.
-        repeats: How often the pattern of ``sizes`` repeats along ``dim``; a piece joins its repetitions, in order.
+        repeats: How often the pattern of `sizes` repeats along `dim`; a piece joins its repetitions, in order.
         names: A name per piece; by default "0", "1", ...
 
     Raises:
-        ValueError: If a value breaks these rules. That the cut covers a parameter is checked in :meth:`shapes`.
+        ValueError: If a value breaks these rules. That the cut covers a parameter is checked in `shapes`.
     """
 
     sizes: tuple[int, ...] = ()
@@ -106,7 +104,7 @@ class Cut:
         """The pieces of a tensor (..., m, n) as views.
 
         A view has one dimension more than the tensor: (..., repeats, size, n) for rows and (..., m, repeats, size) for
-        columns; flattening that pair gives the matrix. Raises as :meth:`shapes`.
+        columns; flattening that pair gives the matrix. Raises as `shapes`.
         """
         self.shapes(tensor.shape)
         axis = tensor.ndim - 2 + self.dim
@@ -119,8 +117,8 @@ class Target:
     """One matrix (or one stack of expert matrices) to restore: a piece of a parameter.
 
     Args:
-        name: ``parameter_name``, and ``.<piece>`` where the parameter is cut: "h.0.attn.c_attn.weight.q".
-        parameter_name: The parameter's name without the prefixes of wrappers (DDP, ``torch.compile``, checkpointing).
+        name: `parameter_name`, and `.<piece>` where the parameter is cut: "h.0.attn.c_attn.weight.q".
+        parameter_name: The parameter's name without the prefixes of wrappers (DDP, `torch.compile`, checkpointing).
         parameter: The parameter itself. Where it is sharded its shape is the global one.
         cut: How the parameter is cut; the targets of one parameter share it.
         index: Which piece of the cut this is.
@@ -155,12 +153,12 @@ class Target:
         return self.count * (2 * m * n * k + 11 * k**3)
 
     def matrix(self, full: Tensor) -> Tensor:
-        """The piece of ``full``, the whole parameter or a copy of it, as (count, m, n); it may share its memory."""
+        """The piece of `full`, the whole parameter or a copy of it, as (count, m, n); it may share its memory."""
         m, n = self.shape
         return self.cut.pieces(full)[self.index].reshape(self.count, m, n)
 
     def write_(self, full: Tensor, matrix: Tensor) -> None:
-        """Writes a (count, m, n) matrix into the piece of ``full`` (a parameter needs ``torch.no_grad()``)."""
+        """Writes a (count, m, n) matrix into the piece of `full` (a parameter needs `torch.no_grad()`)."""
         piece = self.cut.pieces(full)[self.index]
         piece.copy_(matrix.reshape(piece.shape))
 
@@ -178,7 +176,7 @@ def select_targets(
     A preset takes every linear layer of an attention or an MLP, and never embeddings, heads, poolers, routers, norms,
     position tables, or the factors of low-rank adapters (LoRA). A glob can name those of them that have two dimensions.
 
-    Globs (``fnmatch``, case sensitive) are matched against the name of the parameter, as in ``named_parameters()``
+    Globs (`fnmatch`, case sensitive) are matched against the name of the parameter, as in `named_parameters()`
     without the prefixes of wrappers, and against the names of its pieces: "*.c_attn.weight" is Q, K and V,
     "*.c_attn.weight.v" is V alone.
 
@@ -187,20 +185,20 @@ def select_targets(
     bfloat16 or float16. A tied parameter counts once; tied to an embedding, it is an embedding.
 
     Args:
-        model: The model, bare or wrapped by DDP, ``torch.compile``, FSDP2 or activation checkpointing.
+        model: The model, bare or wrapped by DDP, `torch.compile`, FSDP2 or activation checkpointing.
         targets: A preset, a glob, or several of them (their union).
         exclude: Globs of parameters or pieces to leave out.
-        cuts: How to cut the parameters that a glob matches, in place of what would be found out. ``Cut()`` says that
-            a parameter is a single matrix.
+        cuts: How to cut the parameters that a glob matches, in place of what would be found out: a `Cut`, or a mapping
+            of its arguments. `Cut()` says that a parameter is a single matrix.
 
     Raises:
         EmptySelectionError: If nothing is chosen.
-        ValueError: If a glob matches nothing; if two ``cuts`` match one parameter or a cut does
-            not fit; or if a chosen parameter looks fused in a way that is not known.
+        ValueError: If a glob matches nothing; if two `cuts` match one parameter or a cut does not fit; or if a chosen
+            parameter looks fused in a way that is not known.
     """
     wanted = [targets] if isinstance(targets, str) else list(targets)
     unwanted = [exclude] if isinstance(exclude, str) else list(exclude)
-    stated = dict(cuts or {})
+    stated = {glob: _as_cut(glob, cut) for glob, cut in dict(cuts or {}).items()}
     candidates = _find_candidates(model)
     cut_of = {candidate: _cut(candidate, stated) for candidate in candidates if candidate.is_usable}
     parameters = {name: candidate for candidate in candidates for name in candidate.names}
@@ -230,7 +228,7 @@ def format_targets(targets: Sequence[Target], *, period: int | None = None, mode
     """A table of the chosen matrices for a dry run: name, shape, cut, group and cost.
 
     Args:
-        targets: What :func:`select_targets` gave.
+        targets: What `select_targets` gave.
         period: Optimizer steps between two applications; adds the mean cost per step to the last lines.
         model: The model they came from; adds a line on what was left out, and why.
     """
@@ -288,8 +286,8 @@ _Place = tuple[tuple[str, ...], str, tuple[nn.Module, ...]]
 class _Candidate:
     """A parameter of the model: its names (the first one leads), where it sits, and what it is taken for.
 
-    ``parts`` is the cleaned path of the owner and ``modules`` the modules along it, the model first and the owner last.
-    ``kind`` is its group, or says why no preset holds it; if not ``is_usable``, why it can never be restored.
+    `parts` is the cleaned path of the owner and `modules` the modules along it, the model first and the owner last.
+    `kind` is its group, or says why no preset holds it; if not `is_usable`, why it can never be restored.
     """
 
     names: tuple[str, ...]
@@ -316,7 +314,7 @@ class _Candidate:
 
     @property
     def out_dim(self) -> int:
-        """The dimension of the outputs: 0, and 1 where ``Conv1D`` of Hugging Face GPT-2 stores (in, out)."""
+        """The dimension of the outputs: 0, and 1 where `Conv1D` of Hugging Face GPT-2 stores (in, out)."""
         return int(_is_a(self.modules[-1], "Conv1D"))
 
 
@@ -523,7 +521,7 @@ def _is_a(module: nn.Module, *prefixes: str) -> bool:
 
 
 def _setting(module: nn.Module, *names: str) -> int | None:
-    """The first of these settings that the module, or else its ``config``, has."""
+    """The first of these settings that the module, or else its `config`, has."""
     holders = (module, getattr(module, "config", None))
     values = (getattr(holder, name, None) for holder in holders for name in names)
     return next((value for value in values if _is_positive_int(value)), None)
@@ -561,6 +559,16 @@ def _matches(names: Sequence[str], globs: Sequence[str]) -> bool:
     return any(fnmatchcase(name, glob) for name in names for glob in globs)
 
 
+def _as_cut(glob: str, cut: Cut | Mapping[str, Any]) -> Cut:
+    """The cut itself, or the one that a mapping, as of a YAML file, describes."""
+    if isinstance(cut, Cut):
+        return cut
+    try:
+        return Cut(**cut)
+    except TypeError as error:
+        raise ValueError(f"cuts must map globs to a Cut or its arguments, got {cut!r} for {glob!r}") from error
+
+
 def _ask_for_cut(candidate: _Candidate) -> str:
     names = ("gate", "up") if candidate.group == "mlp" else _QKV
     example = f"Cut(sizes=({', '.join(f'<{name}>' for name in names)}), names={names})"
@@ -572,7 +580,7 @@ def _ask_for_cut(candidate: _Candidate) -> str:
 
 
 def _check_glob(key: str, glob: str, names: Mapping[str, _Candidate]) -> None:
-    """Raises if a glob matches nothing or, in ``targets``, only what cannot be restored."""
+    """Raises if a glob matches nothing or, in `targets`, only what cannot be restored."""
     found = {candidate: name for name, candidate in names.items() if fnmatchcase(name, glob)}
     presets = list(PRESETS) if key == "targets" else []
     if not found:

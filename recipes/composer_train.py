@@ -72,12 +72,17 @@ def build_trainer(arguments: list[str] | None = None, **settings: Any) -> Traine
         **settings: Further ones for the trainer, such as `loggers`.
 
     Raises:
-        ValueError: The recipe has no `max_steps`, or a precision that Composer does not know.
+        ValueError: The recipe has no `max_steps`, a precision that Composer does not know, or another setting that
+            would change the training and is not supported here.
     """
     recipe = ComposerRecipeCLI(args=arguments, run=False, save_config_callback=None)
     plan: pl.Trainer = recipe.trainer
     if plan.max_steps < 1:
         raise ValueError(f"trainer.max_steps must be a positive integer, got {plan.max_steps}")
+    if plan.accumulate_grad_batches != 1:
+        raise ValueError(f"trainer.accumulate_grad_batches must be 1 here, got {plan.accumulate_grad_batches}")
+    if plan.gradient_clip_algorithm == "value":
+        raise ValueError("trainer.gradient_clip_algorithm must be 'norm' here, got 'value'")
     if plan.precision not in PRECISIONS:
         raise ValueError(f"trainer.precision must be one of {', '.join(PRECISIONS)}, got {plan.precision!r}")
 

@@ -11,6 +11,7 @@ import logging
 import math
 import multiprocessing
 import os
+import shutil
 import warnings
 from collections.abc import Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
@@ -104,11 +105,13 @@ def train(run: Run, steps: int, folder: Path) -> Result:
     if settings is not None:
         # The loss is disturbed for some steps after an application: none falls on the last ones.
         callbacks.append(MSignCallback(period=PERIOD, stop=steps - PERIOD, **settings))
+    logger = TensorBoardLogger(folder, f"{run.arm} lr={run.lr:g}", f"seed={run.seed}")
+    shutil.rmtree(logger.log_dir, ignore_errors=True)  # of an earlier demo: TensorBoard would draw both as one
     trainer = pl.Trainer(
         max_steps=steps,
         gradient_clip_val=1.0,
         callbacks=callbacks,
-        logger=TensorBoardLogger(folder, f"{run.arm} lr={run.lr:g}", f"seed={run.seed}"),
+        logger=logger,
         log_every_n_steps=PERIOD,
         accelerator="cpu",
         limit_val_batches=0,
@@ -130,8 +133,13 @@ def _start_worker() -> None:
 
 
 def train_all(runs: Sequence[Run], steps: int, workers: int, folder: Path) -> list[Result]:
-    """Trains all runs in parallel processes; each result is on disk as soon as its run has ended."""
+    """Trains all runs in parallel processes; each result is on disk as soon as its run has ended.
+
+    Raises:
+        RuntimeError: A run failed; the others have been finished.
+    """
     results: dict[Run, Result] = {}
+    errors: list[BaseException] = []
     context = multiprocessing.get_context("spawn")
     with (
         ProcessPoolExecutor(workers, context, _start_worker) as pool,
@@ -140,11 +148,16 @@ def train_all(runs: Sequence[Run], steps: int, workers: int, folder: Path) -> li
     ):
         futures = [pool.submit(train, run, steps, folder) for run in runs]
         for future in as_completed(futures):
+            if (error := future.exception()) is not None:
+                errors.append(error)
+                continue
             result = future.result()
             results[result.run] = result
             print(json.dumps(result._asdict() | {"run": result.run._asdict()}), file=file, flush=True)
             progress.set_postfix_str(f"{result.run.arm}, lr {result.run.lr:g}: {result.val_loss:.3f}")
             progress.update()
+    if errors:
+        raise RuntimeError(f"{len(errors)} of {len(runs)} runs failed, {file.name} has the others") from errors[0]
     return [results[run] for run in runs]
 
 
@@ -218,12 +231,16 @@ def summarize(results: Sequence[Result]) -> str:
         verdicts = []
         for arm in list(ARMS)[1:]:
             differences = _differences(results, arm, lr)
+            diverged = sum(not math.isfinite(r.val_loss) for r in of(results, arm, lr))
+            if diverged or any(not math.isfinite(r.val_loss) for r in of(results, BASELINE, lr)):
+                verdicts.append(f"{arm} not comparable (diverged on {diverged} of {seeds} seeds)")
+                continue
             if max(differences) < 0:
                 verdict = "better on every seed"
             elif min(differences) > 0:
                 verdict = "worse on every seed"
             else:
-                verdict = "better on some seeds and worse on others"
+                verdict = "not on one side of it on every seed"
             verdicts.append(f"{arm} by {mean(differences):+.3f} ({verdict})")
         sentences.append(f"At {lr:g} the arms differ from it thus: {'; '.join(verdicts)}.")
     return " ".join(sentences)

@@ -39,7 +39,13 @@ class RecipeCLI(LightningCLI):
 
     def parse_arguments(self, parser: LightningArgumentParser, args: ArgsType) -> None:
         arguments: list[str] = sys.argv[1:] if args is None else list(args)
-        self.config = parser.parse_args([_with_recipe_path(argument) for argument in arguments])
+        follows_config = [False, *(argument == "--config" for argument in arguments)]
+        self.config = parser.parse_args(
+            [
+                _with_recipe_path(argument) if named or argument.startswith("--config=") else argument
+                for argument, named in zip(arguments, follows_config, strict=False)
+            ]
+        )
 
     def instantiate_trainer(self, **kwargs: Any) -> pl.Trainer:
         trainer = super().instantiate_trainer(**kwargs)

@@ -1,6 +1,6 @@
 """Shared set-up.
 
-GPU tests are deselected where there is no GPU, so that a green run never hides a skipped one; the module that imports
+GPU tests are deselected where there is no GPU, so that a green run never hides a skipped one; what imports
 Composer is not collected where that is not installed. Tests compute with one thread: tiny matrices gain nothing from
 more, and several processes would fight for the cores.
 """
@@ -14,7 +14,9 @@ import torch
 os.environ["OMP_NUM_THREADS"] = "1"  # for the processes that tests start
 torch.set_num_threads(1)
 
-collect_ignore = [] if importlib.util.find_spec("composer") else ["test_algorithms.py"]
+collect_ignore = (
+    [] if importlib.util.find_spec("composer") else ["test_algorithms.py", "test_spike_no_more_composer.py"]
+)
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:

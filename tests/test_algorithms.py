@@ -6,10 +6,10 @@ import pydoc_data.topics
 import warnings
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from importlib.metadata import entry_points
 from pathlib import Path
 from typing import Any
 
+import catalogue
 import numpy as np
 import pytest
 import torch
@@ -574,9 +574,11 @@ class TestRecipe:
 
 @pytest.mark.parametrize(("name", "expected"), [("msign", MSign), ("spike_no_more", SpikeNoMore)])
 def test_llm_foundry_finds_it(name, expected):
-    """Its registry loads the entry points of this group by their names in the YAML's `algorithms`, and calls them."""
-    (entry_point,) = entry_points(group="llmfoundry_algorithms", name=name)
-    assert entry_point.load() is expected
+    """Its registry is one of `catalogue` over these entry points; what it finds is called with the YAML's arguments."""
+    registry = catalogue.create("llmfoundry", "algorithms", entry_points=True)
+    assert registry.get(name) is expected
+    arguments = {"msign": {"period": 50, "cuts": {"*q_proj*": {"sizes": [8, 8]}}}, "spike_no_more": {}}[name]
+    assert isinstance(registry.get(name)(**arguments), Algorithm)
 
 
 @pytest.mark.parametrize("name", ["msign", "spike_no_more"])

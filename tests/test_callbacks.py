@@ -15,7 +15,7 @@ import torch
 from lightning.pytorch.callbacks import Callback, ModelCheckpoint, WeightAveraging
 from lightning.pytorch.loggers import CSVLogger, TensorBoardLogger
 from lightning.pytorch.plugins import MixedPrecision
-from lightning.pytorch.strategies import DeepSpeedStrategy
+from lightning.pytorch.strategies import DeepSpeedStrategy, FSDPStrategy
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from torch import Tensor
 from torch.optim.swa_utils import get_ema_avg_fn
@@ -319,7 +319,7 @@ def test_fit_twice_goes_on_and_a_new_trainer_starts_anew(tmp_path):
 
 
 def test_two_callbacks_keep_their_counts_apart(tmp_path):
-    attention, mlp = MSignCallback(2, "attention"), MSignCallback(3, ["mlp"])
+    attention, mlp = MSignCallback(2, "attention", stop=4), MSignCallback(3, "attention", start=5)
     checkpoint = ModelCheckpoint(tmp_path, filename="last", every_n_train_steps=5)
     make_trainer(tmp_path, attention, mlp, checkpoint, max_steps=5).fit(LanguageModule(), batches())
     states = torch.load(tmp_path / "last.ckpt", weights_only=True)["callbacks"]
@@ -402,10 +402,11 @@ def test_empty_selection_is_refused_when_fitting_starts(tmp_path):
         fit(tmp_path, MSignCallback(targets="*self_atn*"))
 
 
-def test_deepspeed_is_refused(tmp_path):
+@pytest.mark.parametrize("strategy", [DeepSpeedStrategy, FSDPStrategy])
+def test_strategies_that_flatten_the_weights_are_refused(tmp_path, strategy):
     trainer = make_trainer(tmp_path)
-    trainer.strategy.__class__ = type("Fake", (DeepSpeedStrategy,), {})
-    with pytest.raises(RuntimeError, match="DeepSpeed"):
+    trainer.strategy.__class__ = type("OnCPU", (strategy,), {})  # their constructors want a GPU
+    with pytest.raises(RuntimeError, match="does not support OnCPU, which flattens the weights"):
         MSignCallback().on_fit_start(trainer, LanguageModule())
 
 

@@ -61,7 +61,14 @@ def test_summary_says_what_is_true(results):
     at_high = text[text.index(f"At {HIGH_LR:g} ") :]
     assert "MSign, all 2-D by -0.250 (better on every seed)" in at_high
     assert "MSign, MLP only by +0.125 (worse on every seed)" in at_high
-    assert "MSign, attention by +0.000 (better on some seeds and worse on others)" in at_high
+    assert "MSign, attention by +0.000 (not on one side of it on every seed)" in at_high
+
+
+def test_summary_tells_a_diverged_arm(results):
+    bad = [r._replace(val_loss=math.nan) if r.run == Run("MSign, attention", HIGH_LR, 1) else r for r in results]
+    at_high = demo.summarize(bad).split(f"At {HIGH_LR:g} ")[1]
+    assert "MSign, attention not comparable (diverged on 1 of 2 seeds)" in at_high
+    assert "MSign, all 2-D by -0.250 (better on every seed)" in at_high
 
 
 @pytest.mark.parametrize("seeds", [1, 2])

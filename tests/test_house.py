@@ -21,7 +21,13 @@ MAY_IMPORT = {
 }
 """Which of our packages a package may import, besides itself."""
 
-LAYERS = (("linalg",), ("targets", "schedule", "sharding"), ("restoration", "spike_no_more"), ("callbacks",))
+LAYERS = (
+    ("linalg",),
+    ("targets", "schedule", "sharding", "collapse"),
+    ("restoration", "spike_no_more"),
+    ("diagnostics", "jacobian"),
+    ("callbacks",),
+)
 """Modules of `msign_lightning`, lowest first: each may import only what stands below it."""
 
 

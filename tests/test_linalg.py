@@ -329,7 +329,10 @@ class OutOfMemory(TorchDispatchMode):
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         if func is torch.ops.aten.bmm.default:
-            self.precisions.append(torch.get_float32_matmul_precision())
+            newer = getattr(torch.backends.cuda.matmul, "fp32_precision", None)
+            self.precisions.append(
+                {"ieee": "highest", "tf32": "high"}[newer] if newer else torch.get_float32_matmul_precision()
+            )
             if len(self.precisions) == self.fail_at:
                 raise torch.OutOfMemoryError
         return func(*args, **(kwargs or {}))
@@ -351,6 +354,20 @@ def test_matmul_precision_is_local_even_when_something_fails(method, inside, bef
     finally:
         torch.set_float32_matmul_precision("highest")
     assert set(products.precisions) == {inside}
+
+
+if hasattr(torch.backends.cuda.matmul, "fp32_precision"):  # PyTorch 2.9 and newer
+
+    @pytest.mark.parametrize("method", METHODS)
+    @pytest.mark.parametrize("setting", ["cuda", "mkldnn"])
+    def test_newer_precision_settings_are_kept_and_do_no_harm(setting, method):
+        backend = getattr(torch.backends, setting).matmul
+        before, backend.fp32_precision = backend.fp32_precision, "tf32"
+        try:
+            msign(gaussian(16, 16), method=method)
+            assert backend.fp32_precision == "tf32"
+        finally:
+            backend.fp32_precision = before
 
 
 @pytest.mark.parametrize("shape", [(3, 256, 256), (6, 256, 128), (6, 128, 256)])

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torch.profiler import ProfilerActivity, profile
 from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM
 
-from msign_lightning import Restoration, Schedule, restore, stable_rank
+from msign_lightning import Restoration, Schedule, restore, select_targets, stable_rank
 from msign_lightning import restoration as restoration_module
 
 
@@ -78,6 +78,8 @@ def test_schedule_is_due_at_multiples_of_the_period(schedule, expected):
         ({"start": -1}, "start must be an integer of at least 0, got -1"),
         ({"stop": 1.0}, "stop must be an integer of at least 0, got 1.0"),
         ({"start": 5, "stop": 4}, "start must be at most stop, got start=5, stop=4"),
+        ({"stop": 99}, "stop must be at least 100, the first multiple of period 100 from start 0 on, got 99"),
+        ({"period": 4, "start": 5, "stop": 7}, "stop must be at least 8, .* got 7"),
     ],
 )
 def test_schedule_rejects(arguments, message):
@@ -266,6 +268,31 @@ def test_several_optimizers_must_train_every_target():
         Restoration(model).attach()
 
 
+def test_one_optimizer_must_train_every_target():
+    model = llama()
+    with pytest.raises(ValueError, match=r"must be trained by one of .* got 'model\.layers\.0\.self_attn\.q_proj"):
+        Restoration(model).attach(torch.optim.SGD([model.get_input_embeddings().weight], lr=0.1))
+
+
+def test_state_loaded_before_attaching_is_kept():
+    model = llama()
+    restoration = Restoration(model, period=4)
+    restoration.load_state_dict({"steps": [3]})
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    reports = []
+    restoration.attach(optimizer, on_report=reports.append)
+    optimizer.step()
+    assert [report.step for report in reports] == [4]
+
+
+def test_cut_may_be_stated_as_a_mapping():
+    names = [t.name for t in select_targets(llama(), "*q_proj*", cuts={"*q_proj*": {"sizes": [8, 24]}})]
+    assert names[:2] == ["model.layers.0.self_attn.q_proj.weight.0", "model.layers.0.self_attn.q_proj.weight.1"]
+    for wrong in ({"size": [8]}, [8, 24], 3):
+        with pytest.raises(ValueError, match=r"cuts must map globs to a Cut or its arguments, got .* for '\*q_proj\*'"):
+            select_targets(llama(), cuts={"*q_proj*": wrong})
+
+
 def test_state_of_another_number_of_optimizers_is_refused():
     with pytest.raises(ValueError, match=r"one count per optimizer \(1\), got \[3, 4\]"):
         Restoration(llama()).load_state_dict({"steps": [3, 4]})
@@ -277,6 +304,7 @@ def test_state_of_another_number_of_optimizers_is_refused():
         ({"rule": "sign"}, "rule must be .*got 'sign'"),
         ({"method": "qr"}, "method must be .*got 'qr'"),
         ({"rtol": 1.0}, "rtol must .*got 1.0"),
+        ({"rtol": "x"}, "rtol must .*got 'x'"),
         ({"targets": "atention"}, "attention"),
         ({"targets": []}, "targets"),
         ({"period": 0}, "period must be a positive integer, got 0"),

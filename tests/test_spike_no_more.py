@@ -571,3 +571,15 @@ def test_callback_checks_its_arguments_at_once():
         SpikeNoMoreCallback("embed_detach")
     with pytest.raises(ValueError, match=r"n_layers must be a positive integer, got 1\.5"):
         SpikeNoMoreCallback(n_layers=1.5)
+
+
+def test_a_model_that_was_trained_is_refused_without_init_false():
+    model = Transformer(TransformerConfig())
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    model(torch.arange(8).view(1, 8)).square().mean().backward()
+    optimizer.step()
+    before = {name: p.detach().clone() for name, p in model.named_parameters()}
+    with pytest.raises(ValueError, match=r"init must be False for a model that holds trained weights, as blocks\.0"):
+        spike_no_more_(model)
+    spike_no_more_(model, init=False)
+    assert all(torch.equal(p, before[name]) for name, p in model.named_parameters())

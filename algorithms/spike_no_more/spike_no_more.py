@@ -115,11 +115,6 @@ class SpikeNoMore(Algorithm):
     def __repr__(self) -> str:
         return f"SpikeNoMore({', '.join(f'{name}={value!r}' for name, value in self._settings.items())})"
 
-    @staticmethod
-    def required_on_load() -> bool:
-        """The weights of a checkpoint mean something else without the shortcut."""
-        return True
-
     def match(self, event: Event, state: State) -> bool:
         """Once, where a trainer begins."""
         return event == Event.INIT

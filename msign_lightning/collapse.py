@@ -1,0 +1,187 @@
+"""Signs of a collapse, from what is measured while a model trains: loss, gradient norm, stable rank, sign diversity."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from itertools import chain
+from typing import Any, Literal, NamedTuple
+
+import torch
+from torch import Tensor
+
+__all__ = ["Alarm", "AlarmKind", "CollapseDetector"]
+
+AlarmKind = Literal["non_finite", "loss_spike", "loss_outlier", "stall", "stable_rank", "sign_diversity"]
+
+_MEDIAN_WINDOW = 201
+_MEAN_WINDOW = 1000
+_STABLE_RANK_MARGIN = 1.02  # power iteration overstates the stable rank by up to 2 %
+
+
+class Alarm(NamedTuple):
+    """One sign of a collapse.
+
+    Attributes:
+        kind: Which one; see `CollapseDetector`.
+        step: The step of the update that raised it.
+        name: "loss", "grad_norm", or the name of a matrix.
+        value: The value that raised it.
+        threshold: What the value crossed; infinity where it was not finite.
+    """
+
+    kind: AlarmKind
+    step: int
+    name: str
+    value: float
+    threshold: float
+
+
+class CollapseDetector:
+    """Turns what is measured into alarms, each raised once and again only after it has cleared.
+
+    - "non_finite": a loss, gradient norm or stable rank is NaN or infinite.
+    - "loss_spike": the loss is more than `spike` above the median of the last 201.
+    - "loss_outlier": the loss is more than `z_score` standard deviations above the mean of the last 1000 (OLMo 2, arXiv
+      2501.00656).
+    - "stall": the median of the last 201 losses is more than `stall` above its own lowest value so far.
+    - "stable_rank": that of a matrix is below 1.02 `stable_rank`, since estimates are up to 2 % high.
+    - "sign_diversity": that of a matrix is below `sign_diversity`.
+
+    An alarm clears when the value is finite again; when at most half of the loss's excess is left; when the stable rank
+    is above 1.1 times its threshold; when the sign diversity is above twice its own.
+
+    A loss is compared with those before it, non-finite ones left out, as soon as a tenth of the window is filled. Zero
+    matrices and masked (NaN) sign diversities raise nothing.
+
+    A threshold of None turns its alarm off.
+
+    Args:
+        spike: Nats above the rolling median. Small batches, whose loss scatters by more than this, need a larger one.
+        z_score: Standard deviations above the rolling mean.
+        stall: Nats by which the smoothed loss may exceed its best.
+        stable_rank: Lowest healthy stable rank.
+        sign_diversity: Lowest healthy sign diversity, between 0 and ½.
+
+    Raises:
+        ValueError: A threshold is out of its range.
+    """
+
+    def __init__(
+        self,
+        *,
+        spike: float | None = 0.1,
+        z_score: float | None = 7.0,
+        stall: float | None = 0.2,
+        stable_rank: float | None = 2.0,
+        sign_diversity: float | None = 0.1,
+    ) -> None:
+        _check_threshold("spike", spike)
+        _check_threshold("z_score", z_score)
+        _check_threshold("stall", stall)
+        _check_threshold("stable_rank", stable_rank)
+        _check_threshold("sign_diversity", sign_diversity, at_most=0.5)
+        self.spike, self.z_score, self.stall = spike, z_score, stall
+        self.stable_rank, self.sign_diversity = stable_rank, sign_diversity
+        self._losses = _plain([])
+        self._best = math.inf
+        self._active: dict[tuple[AlarmKind, str], None] = {}  # an ordered set
+
+    @property
+    def active(self) -> tuple[tuple[AlarmKind, str], ...]:
+        """Kind and name of the alarms that have been raised and have not cleared, the oldest first."""
+        return tuple(self._active)
+
+    def update(
+        self,
+        step: int,
+        *,
+        loss: float | None = None,
+        grad_norm: float | None = None,
+        stable_ranks: Mapping[str, float] | None = None,
+        sign_diversity: Mapping[str, float] | None = None,
+    ) -> list[Alarm]:
+        """Takes in what was measured at a step; what was not measured changes nothing.
+
+        Args:
+            step: Number of the optimizer step, for the alarms.
+            loss: The training loss.
+            grad_norm: The norm of all gradients, before clipping.
+            stable_ranks: Stable ranks by the name of the matrix.
+            sign_diversity: Sign diversities by the name of the matrix.
+
+        Returns:
+            The alarms that are new.
+        """
+        ranks = stable_ranks or {}
+        alarms: list[Alarm] = []
+        for name, value in chain({"loss": loss, "grad_norm": grad_norm}.items(), ranks.items()):
+            if value is not None:
+                is_finite = math.isfinite(value)
+                alarms += self._raise(Alarm("non_finite", step, name, value, math.inf), not is_finite, is_finite)
+        if loss is not None and math.isfinite(loss):
+            alarms += self._check_loss(step, float(loss))
+        if self.stable_rank is not None:
+            limit = _STABLE_RANK_MARGIN * self.stable_rank
+            for name, rank in ranks.items():
+                is_low = 0 < rank < limit
+                alarms += self._raise(Alarm("stable_rank", step, name, rank, limit), is_low, rank > 1.1 * limit)
+        if self.sign_diversity is not None:
+            limit = self.sign_diversity
+            for name, diversity in (sign_diversity or {}).items():
+                alarm = Alarm("sign_diversity", step, name, diversity, limit)
+                alarms += self._raise(alarm, diversity < limit, diversity > 2 * limit)
+        return alarms
+
+    def _check_loss(self, step: int, loss: float) -> list[Alarm]:
+        alarms: list[Alarm] = []
+
+        def check(kind: AlarmKind, value: float, base: float, excess: float) -> None:
+            alarm = Alarm(kind, step, "loss", value, base + excess)
+            alarms.extend(self._raise(alarm, value > base + excess, value <= base + excess / 2))
+
+        if len(self._losses) >= _MEDIAN_WINDOW // 10:
+            median = self._losses[-_MEDIAN_WINDOW:].median().item()
+            self._best = min(self._best, median)
+            if self.spike is not None:
+                check("loss_spike", loss, median, self.spike)
+            if self.stall is not None:
+                check("stall", median, self._best, self.stall)
+        if self.z_score is not None and len(self._losses) >= _MEAN_WINDOW // 10:
+            deviation, mean = torch.stack(torch.std_mean(self._losses, correction=0)).tolist()
+            check("loss_outlier", loss, mean, self.z_score * deviation)
+        self._losses = torch.cat([self._losses[1 - _MEAN_WINDOW :], _plain([loss])])
+        return alarms
+
+    def _raise(self, alarm: Alarm, raised: bool, cleared: bool) -> list[Alarm]:
+        """The alarm, if it is raised and was not active. Between raised and cleared nothing changes."""
+        key = (alarm.kind, alarm.name)
+        if cleared:
+            self._active.pop(key, None)
+        if not raised or key in self._active:
+            return []
+        self._active[key] = None
+        return [alarm]
+
+    def state_dict(self) -> dict[str, Any]:
+        """What exact resumption needs, in lists, floats and strings."""
+        return {"losses": self._losses.tolist(), "best": self._best, "active": [list(key) for key in self._active]}
+
+    def load_state_dict(self, state_dict: Mapping[str, Any]) -> None:
+        """Continues from a saved state."""
+        self._losses = _plain(state_dict["losses"])
+        self._best = state_dict["best"]
+        self._active = {(kind, name): None for kind, name in state_dict["active"]}
+
+
+def _plain(values: Sequence[float]) -> Tensor:
+    """In float64, so that going to a list and back changes nothing."""
+    return torch.tensor(values, dtype=torch.float64, device="cpu")
+
+
+def _check_threshold(name: str, value: float | None, at_most: float = math.inf) -> None:
+    if value is None:
+        return
+    if isinstance(value, bool) or not isinstance(value, (int, float)) or not 0 < value <= at_most or value == math.inf:
+        rule = "a positive number" if at_most == math.inf else f"a positive number of at most {at_most:g}"
+        raise ValueError(f"{name} must be {rule} or None, got {value!r}")
