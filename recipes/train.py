@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -49,10 +50,19 @@ class RecipeCLI(LightningCLI):
 
     def instantiate_trainer(self, **kwargs: Any) -> pl.Trainer:
         trainer = super().instantiate_trainer(**kwargs)
+        _check_writable(trainer.default_root_dir)
         if not self._get(self.config, "use_msign"):
             callbacks: list[pl.Callback] = trainer.callbacks  # type: ignore[attr-defined]
             callbacks[:] = [callback for callback in callbacks if not isinstance(callback, MSignCallback)]
         return trainer
+
+
+def _check_writable(folder: str) -> None:
+    """Raises before anything is trained if a local folder for logs and checkpoints could not be made or written to."""
+    path = Path(folder).absolute()
+    existing = next(p for p in (path, *path.parents) if p.exists())
+    if "://" not in folder and not (existing.is_dir() and os.access(existing, os.W_OK)):
+        raise ValueError(f"trainer.default_root_dir must be a folder that can be written to, got {folder!r}")
 
 
 def _with_recipe_path(argument: str) -> str:

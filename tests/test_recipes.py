@@ -504,6 +504,13 @@ class TestCommandLine:
         assert msign_callbacks(recipe) == []
         assert record in recipe.trainer.callbacks
 
+    def test_a_folder_that_cannot_be_written_to_is_refused(self, tmp_path):
+        (tmp_path / "file").write_text("")
+        with pytest.raises(
+            ValueError, match=r"default_root_dir must be a folder that can be written to, got '.*file/x'"
+        ):
+            load_recipe("tiny/prose", f"--trainer.default_root_dir={tmp_path}/file/x")
+
     def test_fit_lowers_the_loss(self, tmp_path, monkeypatch):
         monkeypatch.chdir(tmp_path)
         quiet = ("--trainer.enable_progress_bar=false", "--trainer.enable_model_summary=false")
