@@ -13,7 +13,7 @@ from msign_lightning.spike_no_more import spike_no_more_
 from msign_lightning.targets import Cut, Target, format_targets, select_targets
 
 if TYPE_CHECKING:
-    from msign_lightning.callbacks import MSignCallback, SpikeNoMoreCallback
+    from msign_lightning.callbacks import MSignCallback, SpikeNoMoreCallback, StabilityMonitor
 
 __all__ = [
     "Cut",
@@ -22,6 +22,7 @@ __all__ = [
     "Restoration",
     "Schedule",
     "SpikeNoMoreCallback",
+    "StabilityMonitor",
     "Target",
     "__version__",
     "format_targets",
@@ -34,7 +35,7 @@ __all__ = [
 
 
 def __getattr__(name: str) -> Any:
-    if name in ("MSignCallback", "SpikeNoMoreCallback"):
+    if name in ("MSignCallback", "SpikeNoMoreCallback", "StabilityMonitor"):
         from msign_lightning import callbacks
 
         return getattr(callbacks, name)

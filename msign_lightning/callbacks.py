@@ -2,20 +2,28 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Mapping, Sequence
 from typing import Any, cast
 
 import lightning.pytorch as pl
 from lightning.pytorch.callbacks import Callback, StochasticWeightAveraging, WeightAveraging
+from lightning.pytorch.loggers import TensorBoardLogger
 from lightning.pytorch.strategies import DeepSpeedStrategy, FSDPStrategy
 from lightning.pytorch.utilities import rank_zero_info
+from torch import Tensor
+from torch.optim import Optimizer
 from torch.utils.hooks import RemovableHandle
 
+from msign_lightning import tensorboard
 from msign_lightning.linalg import Method, Rule, check_options
-from msign_lightning.restoration import Report, Restoration
+from msign_lightning.monitor import Monitor, OnAlarm, Quantity, Reading, check_monitor, grad_norm
+from msign_lightning.restoration import Report, Restoration, was_skipped
 from msign_lightning.schedule import Schedule
 from msign_lightning.spike_no_more import Shortcut, add_shortcut_, check_settings, spike_no_more_
 from msign_lightning.targets import Cut
+
+log = logging.getLogger(__name__)
 
 
 class MSignCallback(Callback):
@@ -95,21 +103,18 @@ class MSignCallback(Callback):
 
     def on_fit_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Selects the targets and hooks into the optimizers, which exist by now."""
-        if isinstance(trainer.strategy, (DeepSpeedStrategy, FSDPStrategy)):
-            name = type(trainer.strategy).__name__
-            raise RuntimeError(
-                f"MSignCallback does not support {name}, which flattens the weights: use FSDP2, through "
-                "ModelParallelStrategy"
-            )
+        _refuse_flat_weights(self, trainer)
         self._remove_handles()
         self._restoration = Restoration(pl_module, **self._settings)
         loggers = trainer.loggers
 
-        def log(report: Report) -> None:
+        def write(report: Report) -> None:
             for logger in loggers:
                 logger.log_metrics(report.metrics(), step=report.step)
+            for writer in _tensorboard_writers(trainer):
+                tensorboard.add_mark(writer, tensorboard.APPLICATION, report.step)
 
-        self._handles = self._restoration.attach(*trainer.optimizers, on_report=log)
+        self._handles = self._restoration.attach(*trainer.optimizers, on_report=write)
         fresh = trainer.ckpt_path is None and trainer.global_step == 0
         if self._steps and not fresh:
             self._restoration.load_state_dict({"steps": self._steps})
@@ -145,6 +150,186 @@ class MSignCallback(Callback):
         """Takes over the trainer's count; `load_state_dict`, called next, knows the exact one if it was saved."""
         optimizers = max(1, len(checkpoint.get("optimizer_states", ())))
         self.load_state_dict({"steps": [checkpoint["global_step"] // optimizers] * optimizers})
+
+
+class StabilityMonitor(Callback):
+    """Sees a collapse coming: stable rank, Spectral Alignment, Jacobian alignment, loss and gradient norm.
+
+    What is measured, and which alarms there are, is described at `msign_lightning.monitor.Monitor` and
+    `msign_lightning.collapse.CollapseDetector`. Readings go to all loggers at the number of optimizer steps: every
+    ten steps mean loss and last gradient norm (before clipping) as `stability/...`, measurements as `stable_rank/...`,
+    `sign_diversity/...` and `jacobian_.../...`. In TensorBoard, the page "Custom Scalars" shows them in order, with
+    alarms and applications marked.
+
+    With several optimizers the steps of the first count. The loss is what `training_step` returns, as a tensor or
+    under "loss"; without it there are no alarms of the loss. Resuming from a checkpoint is exact.
+
+    Example::
+
+        trainer = Trainer(callbacks=[StabilityMonitor(on_alarm="restore")])
+
+    Args:
+        measure: "stable_rank", "spectral_alignment" or "jacobian_alignment" → cadence in optimizer steps; None for
+            the first two every 100. A measurement of Jacobians costs some twenty training steps.
+        on_alarm: "log"; "stop" the training; or "restore" the matrices concerned by MSign.
+        targets: "attention", "mlp", "all_2d" (both), or globs over parameter names.
+        exclude: Globs over parameter names to leave out.
+        cuts: Globs over parameter names → `Cut`, for fused parameters whose layout cannot be known.
+        blocks: Names or globs of the blocks for the Jacobians; None to find them.
+        thresholds: Arguments of `CollapseDetector` that differ from its defaults; None turns an alarm off.
+        cooldown: Optimizer steps for which a restored matrix is left alone.
+        stop: Last step at which a matrix may be restored; None for no end.
+        rule: How matrices are restored: "msign", or "cap", which only lifts the stable rank to that of a random matrix.
+        per_matrix: Whether to log values per matrix and block besides summaries.
+
+    Raises:
+        ValueError: An argument is out of its range; or when training starts, nothing is selected.
+        RuntimeError: When training starts under DeepSpeed or FSDP1, which train flat copies of the weights.
+    """
+
+    def __init__(
+        self,
+        measure: Mapping[Quantity, int] | None = None,
+        on_alarm: OnAlarm = "log",
+        *,
+        targets: str | Sequence[str] = "all_2d",
+        exclude: str | Sequence[str] = (),
+        cuts: Mapping[str, Cut] | None = None,
+        blocks: str | Sequence[str] | None = None,
+        thresholds: Mapping[str, float | None] | None = None,
+        cooldown: int = 100,
+        stop: int | None = None,
+        rule: Rule = "msign",
+        per_matrix: bool = False,
+    ) -> None:
+        check_monitor(measure, on_alarm, thresholds, cooldown, stop, rule)
+        self._settings: dict[str, Any] = {
+            "measure": measure,
+            "on_alarm": on_alarm,
+            "targets": targets,
+            "exclude": exclude,
+            "cuts": cuts,
+            "blocks": blocks,
+            "thresholds": thresholds,
+            "cooldown": cooldown,
+            "stop": stop,
+            "rule": rule,
+            "per_matrix": per_matrix,
+        }
+        self._monitor: Monitor | None = None
+        self._handles: list[RemovableHandle] = []
+        self._state: dict[str, Any] | None = None
+        self._has_tried = False  # to step, in the batch at hand
+        self._completed = 0  # optimizer steps in the batch at hand
+        self._losses: list[Tensor] = []  # of the batches that make up a step
+        self._grad_norm: Tensor | None = None
+
+    @property
+    def state_key(self) -> str:
+        """One key per settings, so that a checkpoint holds the states of several monitors."""
+        return self._generate_state_key(**self._settings)
+
+    def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Selects what to measure; by now the optimizers exist and a checkpoint has been loaded."""
+        _refuse_flat_weights(self, trainer)
+        self._detach()
+        monitor = Monitor(pl_module, **self._settings)
+        monitor.steps = trainer.global_step // max(1, len(trainer.optimizers))
+        if self._state is not None and trainer.global_step > 0:
+            monitor.load_state_dict(self._state)
+
+        def count(optimizer: Optimizer, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+            self._completed += not was_skipped(optimizer)
+
+        self._handles = [optimizer.register_step_post_hook(count) for optimizer in trainer.optimizers[:1]]
+        self._monitor = monitor
+        self._has_tried, self._completed, self._losses, self._grad_norm = False, 0, [], None
+        for writer in _tensorboard_writers(trainer):
+            tensorboard.add_layout(writer)
+        rank_zero_info(monitor.describe())
+
+    def on_train_batch_start(
+        self, trainer: pl.Trainer, pl_module: pl.LightningModule, batch: Any, batch_idx: int
+    ) -> None:
+        """Measures the weights, if that is due, and prepares to measure the forward passes."""
+        if self._monitor is not None:
+            self._monitor.begin()
+
+    def on_before_optimizer_step(
+        self, trainer: pl.Trainer, pl_module: pl.LightningModule, optimizer: Optimizer
+    ) -> None:
+        """Takes the norm of the gradients, which are not yet clipped."""
+        if optimizer is not trainer.optimizers[0] or self._monitor is None:
+            return
+        self._has_tried = True
+        if not self._monitor.reads_next:
+            return
+        norm = grad_norm(parameter for group in optimizer.param_groups for parameter in group["params"])
+        scaler = getattr(trainer.precision_plugin, "scaler", None)
+        if norm is not None and scaler is not None and getattr(optimizer, "_step_supports_amp_scaling", False):
+            norm = norm / scaler.get_scale()  # fused optimizers unscale by themselves, later
+        self._grad_norm = norm
+
+    def on_train_batch_end(
+        self, trainer: pl.Trainer, pl_module: pl.LightningModule, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
+        """Takes note of the optimizer step, if there was one in this batch."""
+        loss = outputs.get("loss") if isinstance(outputs, Mapping) else outputs
+        if isinstance(loss, Tensor):
+            # Lightning has divided it by the number of batches in a step.
+            parts = trainer.accumulate_grad_batches if pl_module.automatic_optimization else 1
+            self._losses.append(loss.detach().mean() * parts)
+        if self._monitor is None or not (self._has_tried or self._completed):
+            return
+        mean = sum(self._losses) / len(self._losses) if self._losses else None
+        steps, norm = self._completed, self._grad_norm  # no step if a gradient scaler has skipped it
+        self._has_tried, self._completed, self._losses, self._grad_norm = False, 0, [], None
+        for _ in range(steps):
+            self._write(trainer, self._monitor.end(mean, norm))
+
+    def on_fit_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Reads the last losses and lets go of model and optimizer."""
+        if self._monitor is not None:
+            self._write(trainer, self._monitor.close())
+        self._detach()
+
+    def on_exception(self, trainer: pl.Trainer, pl_module: pl.LightningModule, exception: BaseException) -> None:
+        """Lets go likewise: after an exception no other hook of the end is called."""
+        self._detach()
+
+    def _write(self, trainer: pl.Trainer, reading: Reading | None) -> None:
+        if reading is None:
+            return
+        for logger in trainer.loggers:
+            logger.log_metrics(reading.metrics, step=reading.step)
+        for writer in _tensorboard_writers(trainer):
+            tensorboard.add_reading(writer, reading)
+        if trainer.is_global_zero and (text := reading.describe()):
+            log.warning(text)
+        if reading.alarms and self._settings["on_alarm"] == "stop":
+            trainer.should_stop = True
+
+    def _detach(self) -> None:
+        if self._monitor is not None:
+            self._state = self.state_dict()
+            self._monitor.disarm()
+        for handle in self._handles:
+            handle.remove()
+        self._handles, self._monitor = [], None
+
+    def state_dict(self) -> dict[str, Any]:
+        """What exact resumption needs: steps counted, active alarms, recent losses, and two vectors per matrix."""
+        return (self._state or {}) if self._monitor is None else self._monitor.state_dict()
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Continues from a saved state, when training starts."""
+        self._state = state_dict or None
+
+    def on_load_checkpoint(
+        self, trainer: pl.Trainer, pl_module: pl.LightningModule, checkpoint: dict[str, Any]
+    ) -> None:
+        """Forgets an earlier run; `load_state_dict`, called next, knows this one if its state was saved."""
+        self._state = None
 
 
 class SpikeNoMoreCallback(Callback):
@@ -220,3 +405,18 @@ class SpikeNoMoreCallback(Callback):
             spike_no_more_(pl_module, self._shortcut, init=False, embedding=self._embedding)
 
     on_test_start = on_predict_start = on_validation_start
+
+
+def _refuse_flat_weights(callback: Callback, trainer: pl.Trainer) -> None:
+    if isinstance(trainer.strategy, (DeepSpeedStrategy, FSDPStrategy)):
+        raise RuntimeError(
+            f"{type(callback).__name__} does not support {type(trainer.strategy).__name__}, which flattens the "
+            "weights: use FSDP2, through ModelParallelStrategy"
+        )
+
+
+def _tensorboard_writers(trainer: pl.Trainer) -> list[Any]:
+    """Those of the trainer's TensorBoard loggers; elsewhere than on the first process there are none."""
+    if not trainer.is_global_zero:
+        return []
+    return [logger.experiment for logger in trainer.loggers if isinstance(logger, TensorBoardLogger)]

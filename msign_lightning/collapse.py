@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from itertools import chain
 from typing import Any, Literal, NamedTuple
 
@@ -48,20 +48,25 @@ class CollapseDetector:
     - "stable_rank": that of a matrix is below 1.02 `stable_rank`, since estimates are up to 2 % high.
     - "sign_diversity": that of a matrix is below `sign_diversity`.
 
+    The last two are raised, for each such matrix, only when at least `share` of the matrices of the update are low: in
+    healthy runs some matrices always are.
+
     An alarm clears when the value is finite again; when at most half of the loss's excess is left; when the stable rank
     is above 1.1 times its threshold; when the sign diversity is above twice its own.
 
-    A loss is compared with those before it, non-finite ones left out, as soon as a tenth of the window is filled. Zero
-    matrices and masked (NaN) sign diversities raise nothing.
+    A loss is compared with those before it, non-finite ones left out, as soon as a tenth of the window is filled, for
+    "stall" all of it. Zero matrices and masked (NaN) sign diversities raise nothing, and don't count for the share.
 
     A threshold of None turns its alarm off.
 
     Args:
-        spike: Nats above the rolling median. Small batches, whose loss scatters by more than this, need a larger one.
+        spike: Nats above the rolling median; 0.1 is usual for batches of millions of tokens, which scatter little.
         z_score: Standard deviations above the rolling mean.
         stall: Nats by which the smoothed loss may exceed its best.
         stable_rank: Lowest healthy stable rank.
-        sign_diversity: Lowest healthy sign diversity, between 0 and ½.
+        sign_diversity: Lowest healthy sign diversity, between 0 and ½; off by default, for in the runs of
+            benchmarks/early_warning.py it warned of healthy training, too.
+        share: Share of the matrices that must be low at once, above 0 and at most 1.
 
     Raises:
         ValueError: A threshold is out of its range.
@@ -70,17 +75,21 @@ class CollapseDetector:
     def __init__(
         self,
         *,
-        spike: float | None = 0.1,
+        spike: float | None = 0.5,
         z_score: float | None = 7.0,
         stall: float | None = 0.2,
         stable_rank: float | None = 2.0,
-        sign_diversity: float | None = 0.1,
+        sign_diversity: float | None = None,
+        share: float = 0.5,
     ) -> None:
         _check_threshold("spike", spike)
         _check_threshold("z_score", z_score)
         _check_threshold("stall", stall)
         _check_threshold("stable_rank", stable_rank)
         _check_threshold("sign_diversity", sign_diversity, at_most=0.5)
+        if isinstance(share, bool) or not isinstance(share, (int, float)) or not 0 < share <= 1:
+            raise ValueError(f"share must be above 0 and at most 1, got {share!r}")
+        self.share = share
         self.spike, self.z_score, self.stall = spike, z_score, stall
         self.stable_rank, self.sign_diversity = stable_rank, sign_diversity
         self._losses = _plain([])
@@ -123,15 +132,33 @@ class CollapseDetector:
             alarms += self._check_loss(step, float(loss))
         if self.stable_rank is not None:
             limit = _STABLE_RANK_MARGIN * self.stable_rank
-            for name, rank in ranks.items():
-                is_low = 0 < rank < limit
-                alarms += self._raise(Alarm("stable_rank", step, name, rank, limit), is_low, rank > 1.1 * limit)
+            alarms += self._check_matrices("stable_rank", step, ranks, limit, 1.1 * limit)
         if self.sign_diversity is not None:
             limit = self.sign_diversity
-            for name, diversity in (sign_diversity or {}).items():
-                alarm = Alarm("sign_diversity", step, name, diversity, limit)
-                alarms += self._raise(alarm, diversity < limit, diversity > 2 * limit)
+            alarms += self._check_matrices("sign_diversity", step, sign_diversity or {}, limit, 2 * limit)
         return alarms
+
+    def _check_matrices(
+        self,
+        kind: Literal["stable_rank", "sign_diversity"],
+        step: int,
+        values: Mapping[str, float],
+        low: float,
+        clear: float,
+    ) -> list[Alarm]:
+        # A stable rank of zero is a zero matrix; a sign diversity of zero is the lowest there is.
+        sound = {
+            name: value for name, value in values.items() if value > 0 or (value == 0 and kind == "sign_diversity")
+        }
+        are_many = sum(value < low for value in sound.values()) >= self.share * len(sound)
+        alarms: list[Alarm] = []
+        for name, value in sound.items():
+            alarms += self._raise(Alarm(kind, step, name, value, low), are_many and value < low, value > clear)
+        return alarms
+
+    def clear(self, names: Collection[str]) -> None:
+        """Forgets the alarms of these matrices, for they have been changed: the next bad value raises anew."""
+        self._active = {key: None for key in self._active if key[1] not in names}
 
     def _check_loss(self, step: int, loss: float) -> list[Alarm]:
         alarms: list[Alarm] = []
@@ -142,10 +169,10 @@ class CollapseDetector:
 
         if len(self._losses) >= _MEDIAN_WINDOW // 10:
             median = self._losses[-_MEDIAN_WINDOW:].median().item()
-            self._best = min(self._best, median)
             if self.spike is not None:
                 check("loss_spike", loss, median, self.spike)
-            if self.stall is not None:
+            if self.stall is not None and len(self._losses) >= _MEDIAN_WINDOW:
+                self._best = min(self._best, median)
                 check("stall", median, self._best, self.stall)
         if self.z_score is not None and len(self._losses) >= _MEAN_WINDOW // 10:
             deviation, mean = torch.stack(torch.std_mean(self._losses, correction=0)).tolist()

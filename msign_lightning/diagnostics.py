@@ -36,6 +36,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
 
+from msign_lightning.eager import uncompiled
 from msign_lightning.linalg import top_singular_triplets
 from msign_lightning.restoration import chunks, matrix_names, to_compute_dtype
 from msign_lightning.sharding import gather
@@ -85,6 +86,16 @@ class Spectrum:
     spectral_norms: Tensor
     second_norms: Tensor
     vectors: tuple[tuple[Tensor, Tensor], ...]
+
+    def all_reduce(self, group: dist.ProcessGroup | None = None) -> Spectrum:
+        """The values averaged over all ranks, each of which must call this: the same floats on every rank.
+
+        Ranks measure the same weights, but may differ in rounding, and a decision must not hang on that.
+        """
+        values = torch.stack([self.stable_ranks, self.spectral_norms, self.second_norms])
+        dist.all_reduce(values, group=group)
+        ranks, firsts, seconds = values / dist.get_world_size(group)
+        return replace(self, stable_ranks=ranks, spectral_norms=firsts, second_norms=seconds)
 
     def has_gap(self, gap: float) -> Tensor:
         """Whether σ₂ < (1 − gap) σ₁, so that the top singular vectors are defined; of shape (N,)."""
@@ -218,6 +229,7 @@ def _stable_ranks(X: Tensor, norms: Tensor) -> Tensor:
 # Cosines are counted between these edges, finest around zero, where those of healthy layers lie (std 1/√n).
 _BINS = 128
 _EDGES = tuple((2 * i / _BINS - 1) ** 3 for i in range(_BINS + 1))
+_MAX_COSINES = 2**24  # 64 MB in fp32: so many are kept before they are counted
 _QUANTILES = (0.05, 0.25, 0.5, 0.75, 0.95)
 
 
@@ -382,6 +394,7 @@ class SpectralAlignment:
             for module in owners[parameter]
         ]
         self._armed = ExitStack()
+        self._cosines: list[tuple[Sequence[int], Tensor]] = []  # rows of the result and (rows, tokens), not yet counted
         self._counts: dict[int, tuple[Tensor, Tensor]] = {}
         self._defined: Tensor | None = None
 
@@ -410,13 +423,13 @@ class SpectralAlignment:
         self.disarm()
         order = [index_of[target.name] for target in self.targets]
         self._defined = spectrum.has_gap(self.gap)[order]
-        self._counts = {}
+        self._cosines, self._counts = [], {}
         with ExitStack() as stack:
             for layer in self._layers:
                 vectors = torch.stack([spectrum.vectors[order[row]][layer.side] for row in layer.rows])
                 hook = partial(self._hook, layer.rows, vectors)
                 stack.callback(layer.module.register_forward_pre_hook(hook, with_kwargs=True).remove)
-            stack.enter_context(torch.compiler.set_stance("force_eager"))
+            stack.enter_context(uncompiled())
             self._armed = stack.pop_all()
 
     def disarm(self) -> None:
@@ -429,10 +442,23 @@ class SpectralAlignment:
         is_recomputed = torch._C._current_graph_task_id() != -1  # inside a backward pass
         if not module.training or is_recomputed:
             return
-        cumulative, sums = _cosine_counts(next(chain(args, kwargs.values())), vectors)
-        for row, counts, total in zip(rows, cumulative, sums, strict=True):
-            old = self._counts.get(row)
-            self._counts[row] = (counts, total) if old is None else (old[0] + counts, old[1] + total)
+        self._cosines.append((rows, _cosines(next(chain(args, kwargs.values())), vectors)))
+        if sum(cosines.numel() for _, cosines in self._cosines) > _MAX_COSINES:
+            self._count()
+
+    def _count(self) -> None:
+        """Counts the cosines that the hooks have left, at once for all matrices with as many tokens."""
+        alike: dict[object, list[tuple[Sequence[int], Tensor]]] = {}
+        for rows, cosines in self._cosines:
+            alike.setdefault((cosines.size(1), cosines.dtype, cosines.device), []).append((rows, cosines))
+        self._cosines = []
+        for group in alike.values():
+            cumulative, sums = _cosine_counts(torch.cat([cosines for _, cosines in group]))
+            for row, counts, total in zip(
+                chain.from_iterable(rows for rows, _ in group), cumulative, sums, strict=True
+            ):
+                old = self._counts.get(row)
+                self._counts[row] = (counts, total) if old is None else (old[0] + counts, old[1] + total)
 
     def result(self) -> Alignment:
         """What has been counted since it was armed last.
@@ -442,6 +468,7 @@ class SpectralAlignment:
         """
         if self._defined is None:
             raise RuntimeError("nothing has been counted: arm before the forward pass")
+        self._count()
         device = self._defined.device
         none = (torch.zeros(_BINS + 1, dtype=torch.long, device=device), torch.zeros((), device=device))
         counted = [self._counts.get(row, none) for row in range(len(self.targets))]
@@ -474,16 +501,24 @@ def _sees_whole_inputs(target: Target, layer: nn.Module) -> bool:
 
 
 @torch.no_grad()
-def _cosine_counts(x: Tensor, vectors_PD: Tensor) -> tuple[Tensor, Tensor]:
-    """Cumulative counts (P, edges) and sums (P,) of the cosines of tokens x (..., D) with P unit vectors."""
+def _cosines(x: Tensor, vectors_PD: Tensor) -> Tensor:
+    """Cosines (P, T) of the T tokens of x (..., D) with P unit vectors; NaN for a token that is zero or not finite."""
     x_TD = gather(x).reshape(-1, x.size(-1))
     x_TD = x_TD.to(torch.promote_types(x_TD.dtype, torch.float32))
     with torch.autocast(x_TD.device.type, enabled=False):
         norms_T = torch.linalg.vector_norm(x_TD, dim=-1)
-        cosines_PT = (vectors_PD.to(x_TD) @ x_TD.mT / norms_T).clamp(-1, 1)
-    counts = (norms_T > 0) & norms_T.isfinite()
+        # An infinite norm becomes NaN.
+        cosines_PT: Tensor = vectors_PD.to(x_TD) @ x_TD.mT / (norms_T + (norms_T - norms_T))
+    return cosines_PT
+
+
+@torch.no_grad()
+def _cosine_counts(cosines_PT: Tensor) -> tuple[Tensor, Tensor]:
+    """Cumulative counts (P, edges) and sums (P,) of cosines, NaN left out."""
+    counts = cosines_PT.isfinite()
+    cosines_PT = cosines_PT.clamp(-1, 1)
     sums = torch.where(counts, cosines_PT, 0.0).sum(-1, dtype=torch.float32)
     # Sorting, unlike a histogram on CUDA, is deterministic and never waits for the device.
     ordered_PT = torch.where(counts, cosines_PT, math.inf).sort(dim=-1).values
-    edges = torch.linspace(-1, 1, _BINS + 1, dtype=x_TD.dtype, device=x_TD.device) ** 3
-    return torch.searchsorted(ordered_PT, edges.expand(len(vectors_PD), -1).contiguous(), right=True), sums
+    edges = torch.linspace(-1, 1, _BINS + 1, dtype=cosines_PT.dtype, device=cosines_PT.device) ** 3
+    return torch.searchsorted(ordered_PT, edges.expand(len(cosines_PT), -1).contiguous(), right=True), sums

@@ -8,7 +8,7 @@ its products J·v and Jᵀ·u, and a few of them give the top singular triplet.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from fnmatch import fnmatchcase
 from functools import partial
@@ -20,6 +20,9 @@ from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.parallel import DistributedDataParallel
+from torch.utils._pytree import tree_map
+
+from msign_lightning.eager import uncompiled
 
 __all__ = ["BlockJacobians", "JacobianReport"]
 
@@ -121,6 +124,8 @@ class BlockJacobians:
         self._iterations = iterations
         self._generator = torch.Generator().manual_seed(0)
         self._directions: list[Tensor] = []
+        self._armed = ExitStack()
+        self._result: JacobianReport | None = None
 
     @property
     def blocks(self) -> tuple[str, ...]:
@@ -133,8 +138,43 @@ class BlockJacobians:
         Raises:
             ValueError: A block isn't called exactly once, or doesn't map hidden states to ones of the same shape.
         """
+        return self._measure(self._model, args, kwargs)
+
+    def arm(self, sequences: int = 2) -> None:
+        """Measures at the next forward pass in training mode, right before the module around the blocks runs.
+
+        So a training loop measures its own batches whatever they look like, with the weights of that forward pass. A
+        compiled model runs uncompiled while this is armed.
+
+        Args:
+            sequences: Of a batch, that is of every tensor with its leading dimension, so many are measured.
+        """
+        self.disarm()
+        self._result = None
+
+        def hook(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+            if module.training and self._result is None:
+                tensors = (value for value in (*args, *kwargs.values()) if isinstance(value, Tensor) and value.ndim)
+                batch = next((tensor.size(0) for tensor in tensors), None)
+                self._result = self._measure(module, *tree_map(partial(_first, batch, sequences), (args, kwargs)))
+
+        with ExitStack() as stack:
+            around = _innermost_around(self._model, self._blocks.values())
+            stack.callback(around.register_forward_pre_hook(hook, with_kwargs=True).remove)
+            stack.enter_context(uncompiled())
+            self._armed = stack.pop_all()
+
+    def disarm(self) -> None:
+        """Lets the next forward pass alone. What was measured stays."""
+        self._armed.close()
+
+    def result(self) -> JacobianReport | None:
+        """What has been measured since it was armed last; None if there was no forward pass in training mode."""
+        return self._result
+
+    def _measure(self, model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> JacobianReport:
         with _undisturbed(self._model):
-            visits = _run(self._model, self._blocks, args, kwargs)
+            visits = _run(model, self._blocks, args, kwargs)
             steps = list(visits.values())
             maps: list[tuple[_Map, _Map]] = [(step.apply, step.apply_transposed) for step in steps]
             maps.append((partial(_chain, [a for a, _ in maps]), partial(_chain, [t for _, t in maps[::-1]])))
@@ -284,7 +324,7 @@ def _undisturbed(model: nn.Module) -> Iterator[None]:
         for kind in {p.device.type for p in model.parameters()}:
             stack.enter_context(torch.autocast(kind, enabled=False))
         stack.enter_context(torch.random.fork_rng(devices=cuda))
-        stack.enter_context(torch.compiler.set_stance("force_eager"))
+        stack.enter_context(uncompiled())
         stack.enter_context(sdpa_kernel(SDPBackend.MATH))  # the only one that is twice differentiable
         stack.enter_context(torch.inference_mode(False))
         stack.enter_context(torch.no_grad())
@@ -329,6 +369,26 @@ def _find_blocks(model: nn.Module, globs: Sequence[str] | None) -> dict[str, nn.
     if any(isinstance(parameter, DTensor) for block in chosen.values() for parameter in block.parameters()):
         raise ValueError("model must hold whole weights, got sharded ones (DTensor)")
     return chosen
+
+
+def _innermost_around(model: nn.Module, blocks: Iterable[nn.Module]) -> nn.Module:
+    """The innermost module that holds all the blocks and can be called."""
+    wanted = set(blocks)
+    around = [module for module in model.modules() if not isinstance(module, (nn.ModuleList, nn.ModuleDict))]
+    return [module for module in around if wanted < set(module.modules())][-1]
+
+
+def _first(batch: int | None, count: int, value: Any) -> Any:
+    """The first `count` sequences of a tensor whose leading dimension is the batch; all of any other value.
+
+    What autocast has rounded becomes float32 again, for a measurement computes without autocast.
+    """
+    if not isinstance(value, Tensor):
+        return value
+    value, kind = value.detach(), value.device.type
+    if torch.is_autocast_enabled(kind) and value.dtype == torch.get_autocast_dtype(kind):
+        value = value.float()
+    return value[:count] if value.ndim and value.size(0) == batch else value
 
 
 def _is_stack(module: nn.Module) -> bool:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 import math
 import time
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -147,10 +147,7 @@ class Restoration:
 
         def hook_for(index: int) -> Callable[[Optimizer, tuple[Any, ...], dict[str, Any]], None]:
             def hook(optimizer: Optimizer, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-                found_inf = getattr(optimizer, "found_inf", None)  # set by GradScaler for fused optimizers
-                if found_inf is not None and found_inf.item() > 0:
-                    return
-                report = self.step(index)
+                report = None if was_skipped(optimizer) else self.step(index)
                 if report is not None and on_report is not None:
                     on_report(report)
 
@@ -172,19 +169,28 @@ class Restoration:
         return self.apply(optimizer) if due else None
 
     @torch.no_grad()
-    def apply(self, optimizer: int = 0) -> Report:
-        """Applies the rule now, whatever the schedule says, to the matrices that `optimizer` trains."""
+    def apply(self, optimizer: int = 0, *, names: Collection[str] | None = None) -> Report:
+        """Applies the rule now, whatever the schedule says, to the matrices that `optimizer` trains.
+
+        Args:
+            optimizer: Which of the attached optimizers, in the order of `attach`.
+            names: Names of the matrices to restore; None for all.
+        """
         began = time.perf_counter()
-        names: list[str] = []
+        members: list[str] = []
         results: list[Tensor] = []
-        for chunk in chunks(self._shares[optimizer]):
-            result = self._apply_to_chunk(chunk)
-            names += [name for target in chunk for name in matrix_names(target)]
-            results.append(torch.stack([field.cpu().double() for field in result]))
+        share = self._shares[optimizer]
+        chosen = {name for t in share for name in matrix_names(t) if names is None or name in names}
+        for chunk in chunks(t for t in share if not chosen.isdisjoint(matrix_names(t))):
+            in_chunk = [name for target in chunk for name in matrix_names(target)]
+            wanted = torch.tensor([name in chosen for name in in_chunk])
+            result = self._apply_to_chunk(chunk, wanted)
+            members += [name for name in in_chunk if name in chosen]
+            results.append(torch.stack([field.cpu().double() for field in result])[:, wanted])
         finite, changed, before, after = torch.cat(results, dim=1).tolist() if results else ((), (), (), ())
         matrices = tuple(
             MatrixReport(name, bool(f), bool(c), b, a)
-            for name, f, c, b, a in zip(names, finite, changed, before, after, strict=True)
+            for name, f, c, b, a in zip(members, finite, changed, before, after, strict=True)
         )
         report = Report(self._steps[optimizer], matrices, time.perf_counter() - began)
         if news := sorted(set(report.skipped) - self._known_bad):
@@ -197,16 +203,16 @@ class Restoration:
             )
         return report
 
-    def _apply_to_chunk(self, chunk: Sequence[Target]) -> RestoreReport:
+    def _apply_to_chunk(self, chunk: Sequence[Target], wanted: Tensor) -> RestoreReport:
+        """Restores those of the chunk's matrices that are wanted, a bool for each."""
         wholes = {parameter: gather(parameter) for parameter in dict.fromkeys(t.parameter for t in chunk)}
         matrices = torch.cat([to_compute_dtype(t.matrix(wholes[t.parameter])) for t in chunk])
         rtol = default_rtol(chunk[0].parameter.dtype) if self.rtol is None else self.rtol
         result = restore_(matrices, rule=self.rule, method=self.method, rtol=rtol)
         counts = [target.count for target in chunk]
         written = []
-        for target, new, changed in zip(
-            chunk, torch.split(matrices, counts), torch.split(result.changed, counts), strict=True
-        ):
+        changes = torch.split(result.changed & wanted.to(result.changed.device), counts)
+        for target, new, changed in zip(chunk, torch.split(matrices, counts), changes, strict=True):
             old = target.matrix(wholes[target.parameter])
             cast = new.to(old.dtype)
             fits = changed & cast.isfinite().flatten(1).all(1)  # fp16 may overflow
@@ -249,6 +255,15 @@ class Restoration:
         if len(steps) != len(self._steps):
             raise ValueError(f"the steps of MSign must hold one count per optimizer ({len(self._steps)}), got {steps}")
         self._steps = steps
+
+
+def was_skipped(optimizer: Optimizer) -> bool:
+    """Whether a step that has just ended did nothing, for a gradient scaler saw infinity in a fused optimizer's step.
+
+    For other optimizers a scaler doesn't call `step` at all.
+    """
+    found_inf = getattr(optimizer, "found_inf", None)
+    return found_inf is not None and found_inf.item() > 0
 
 
 def chunks(targets: Iterable[Target]) -> Iterator[list[Target]]:

@@ -15,7 +15,9 @@ os.environ["OMP_NUM_THREADS"] = "1"  # for the processes that tests start
 torch.set_num_threads(1)
 
 collect_ignore = (
-    [] if importlib.util.find_spec("composer") else ["test_algorithms.py", "test_spike_no_more_composer.py"]
+    []
+    if importlib.util.find_spec("composer")
+    else ["test_algorithms.py", "test_spike_no_more_composer.py", "test_stability_monitor_composer.py"]
 )
 
 

@@ -1,6 +1,7 @@
 """Diagnostics against SVD and hand-made collapses: spectra, spectral alignment, and the collapse detector."""
 
 import math
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 
@@ -523,7 +524,12 @@ def _align_on_a_rank(rank: int, folder: str) -> None:
     with sharded_alignment.armed(sharded_monitor.measure()):
         run(sharded, tokens(rank)).backward()
     found = (result.matrices, result.all_reduce().matrices, sharded_alignment.result().matrices)
-    torch.save(found, f"{folder}/{rank}.pt")
+
+    spectrum = monitor.measure()
+    rounded = replace(spectrum, stable_ranks=spectrum.stable_ranks + rank, second_norms=spectrum.second_norms * rank)
+    agreed = rounded.all_reduce()
+    assert all(a is b for a, b in zip(agreed.vectors, spectrum.vectors, strict=True))
+    torch.save((*found, rounded.matrices, agreed.matrices), f"{folder}/{rank}.pt")
     dist.destroy_process_group()
 
 
@@ -542,6 +548,12 @@ def test_ranks_count_their_own_tokens_and_join_them_on_request(tmp_path: Path):
         run(model, tokens(0))
         run(model, tokens(1))
     assert found[0][1] == found[1][1] == alignment.result().matrices
+
+    assert found[0][4] == found[1][4]
+    for a, b, mean in zip(found[0][3], found[1][3], found[0][4], strict=True):
+        assert mean[:2] == a[:2] == b[:2]
+        assert mean[2:] == pytest.approx([(x + y) / 2 for x, y in zip(a[2:], b[2:], strict=True)])
+        assert mean.stable_rank == pytest.approx(a.stable_rank + 0.5)
 
 
 # --- collapse ----------------------------------------------------------------------------------------------------
@@ -585,12 +597,12 @@ def test_what_is_not_finite_raises_at_once_and_only_once(name, value):
 def test_a_spike_is_measured_from_the_rolling_median():
     losses = healthy(600)
     median = sorted(losses[399:])[100]
-    detector = CollapseDetector()
+    detector = CollapseDetector(spike=0.1)
     feed(detector, losses)
     (alarm,) = detector.update(601, loss=median + 0.1001)
     assert alarm[:3] == ("loss_spike", 601, "loss")
     assert (alarm.value, alarm.threshold) == pytest.approx((median + 0.1001, median + 0.1))
-    detector = CollapseDetector()
+    detector = CollapseDetector(spike=0.1)
     feed(detector, losses)
     assert detector.update(601, loss=median + 0.0999) == []
 
@@ -627,7 +639,7 @@ def test_short_spikes_are_no_stall():
 
 
 def test_a_loss_that_flutters_at_the_threshold_raises_one_alarm():
-    detector = CollapseDetector(z_score=None, stall=None)
+    detector = CollapseDetector(spike=0.1, z_score=None, stall=None)
     alarms = feed(detector, [2.0] * 200 + [2.11, 2.09] * 20 + [2.04] + [2.11])
     assert [(a.kind, a.step) for a in alarms] == [("loss_spike", 201), ("loss_spike", 242)]
 
@@ -640,7 +652,7 @@ def test_a_loss_that_flutters_at_the_threshold_raises_one_alarm():
     ],
 )
 def test_low_values_raise_per_matrix_with_hysteresis(argument, kind, low, between, high, threshold):
-    detector = CollapseDetector()
+    detector = CollapseDetector(sign_diversity=0.1)
     steps = [(high, low), (low, low), (between, high), (low, low), (high, high), (low, low)]
     raised = [detector.update(i, **{argument: {"a": a, "b": b}}) for i, (a, b) in enumerate(steps)]
     expected = [["b"], ["a"], [], ["b"], [], ["a", "b"]]
@@ -648,6 +660,30 @@ def test_low_values_raise_per_matrix_with_hysteresis(argument, kind, low, betwee
     assert raised[0] == [Alarm(kind, 0, "b", low, pytest.approx(threshold))]
     assert detector.update(9, **{argument: {}}) == []
     assert len(detector.active) == 2
+
+
+@pytest.mark.parametrize(("argument", "low", "masked"), [("stable_ranks", 1.0, 0.0), ("sign_diversity", 0.0, math.nan)])
+def test_matrices_raise_only_together_unless_their_share_says_otherwise(argument, low, masked):
+    def names(*values: float, share: float = 0.5) -> list[str]:
+        detector = CollapseDetector(sign_diversity=0.1, share=share)
+        return [a.name for a in detector.update(1, **{argument: dict(zip("abcd", values, strict=True))})]
+
+    assert names(low, 9.0, 9.0, low) == ["a", "d"]
+    assert names(low, 9.0, 9.0, 9.0) == []
+    assert names(low, 9.0, masked, masked) == ["a"]
+    assert names(low, 9.0, 9.0, 9.0, share=0.25) == ["a"]
+    assert names(low, low, low, 9.0, share=1.0) == []
+
+
+def test_what_has_been_changed_is_cleared_and_raises_anew():
+    detector = CollapseDetector(sign_diversity=0.1)
+    bad = {"stable_ranks": {"a": 1.0, "b": 1.0}, "sign_diversity": {"a": 0.0}, "grad_norm": math.nan}
+    assert len(detector.update(1, **bad)) == 4
+    detector.clear({"a"})
+    assert detector.active == (("non_finite", "grad_norm"), ("stable_rank", "b"))
+    assert [a[:3] for a in detector.update(2, **bad)] == [("stable_rank", 2, "a"), ("sign_diversity", 2, "a")]
+    detector.clear([])
+    assert len(detector.active) == 4
 
 
 def test_none_turns_an_alarm_off():
@@ -667,7 +703,7 @@ def test_a_resumed_detector_equals_an_uninterrupted_one_wherever_it_is_split():
             i, loss=losses[i], grad_norm=1.0, stable_ranks={"w": 3 * ranks[i]}, sign_diversity={"w": diversities[i] / 2}
         )
 
-    whole, states, expected = CollapseDetector(), [], []
+    whole, states, expected = CollapseDetector(sign_diversity=0.1), [], []
     for i in range(len(losses)):
         states.append(whole.state_dict())
         expected.append(step(whole, i))
@@ -675,7 +711,7 @@ def test_a_resumed_detector_equals_an_uninterrupted_one_wherever_it_is_split():
         *("non_finite", "loss_spike", "loss_outlier", "stall", "stable_rank", "sign_diversity")
     }
     for split, state in enumerate(states):
-        resumed = CollapseDetector()
+        resumed = CollapseDetector(sign_diversity=0.1)
         resumed.load_state_dict(state)
         assert resumed.state_dict() == state
         tail = [step(resumed, i) for i in range(split, min(split + 25, len(losses)))]
@@ -701,6 +737,8 @@ def test_the_state_is_plain(tmp_path):
         ({"stable_rank": math.inf}, "stable_rank must be a positive number or None, got inf"),
         ({"spike": True}, "spike must be a positive number or None, got True"),
         ({"sign_diversity": 0.6}, "sign_diversity must be a positive number of at most 0.5 or None, got 0.6"),
+        ({"share": 0}, "share must be above 0 and at most 1, got 0"),
+        ({"share": True}, "share must be above 0 and at most 1, got True"),
     ],
 )
 def test_the_detector_rejects(arguments, message):

@@ -22,10 +22,12 @@ MAY_IMPORT = {
 """Which of our packages a package may import, besides itself."""
 
 LAYERS = (
-    ("linalg",),
+    ("linalg", "eager"),
     ("targets", "schedule", "sharding", "collapse"),
     ("restoration", "spike_no_more"),
     ("diagnostics", "jacobian"),
+    ("monitor",),
+    ("tensorboard",),
     ("callbacks",),
 )
 """Modules of `msign_lightning`, lowest first: each may import only what stands below it."""

@@ -330,6 +330,60 @@ def test_random_draws_of_a_forward_are_taken_back():
     assert torch.equal(torch.get_rng_state(), random)
 
 
+# --- the batches of a training loop ------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_the_next_training_batch_is_measured_and_not_disturbed(name):
+    model, batch = MODELS[name]().train(), tokens(3)
+    bare, expected = copy.deepcopy(model), BlockJacobians(copy.deepcopy(model)).measure(batch[:2])
+    jacobians = BlockJacobians(model)
+    existing = hooks(model)
+    jacobians.arm(2)
+    assert jacobians.result() is None
+    with torch.no_grad():
+        model.eval()(tokens(1))
+    assert jacobians.result() is None  # which was validation
+    call = {"input_ids": batch, "labels": batch} if isinstance(model, transformers.PreTrainedModel) else None
+    for each in (model, bare):
+        each.train()
+        torch.manual_seed(0)  # for dropout
+        out = each(**call).loss if call else each(batch).sum()
+        out.backward()
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.zero_()
+    model(tokens(3))  # a second micro-batch
+    jacobians.disarm()
+    assert_same(jacobians.result(), expected)
+    assert hooks(model) == existing
+    for mine, theirs in zip(model.parameters(), bare.parameters(), strict=True):
+        assert torch.equal(mine.grad, theirs.grad)
+    jacobians.arm()
+    assert jacobians.result() is None
+    jacobians.disarm()
+
+
+def test_what_autocast_has_rounded_is_measured_without_it():
+    class Model(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.lift = nn.Linear(D, D)
+            self.encoder = Linear(*torch.randn(2, D, D))
+
+        def forward(self, hidden):
+            return self.encoder(self.lift(hidden))
+
+    model = Model()
+    jacobians = BlockJacobians(model, "encoder.layers")
+    jacobians.arm(1)
+    with torch.autocast("cpu", torch.bfloat16):
+        model(torch.randn(2, T, D))
+    jacobians.disarm()
+    norms = [torch.linalg.matrix_norm(layer.weight.detach(), 2) for layer in model.encoder.layers]
+    assert_close(jacobians.result().norms, torch.stack(norms)[None])
+
+
 # --- models as people run them -----------------------------------------------------------------------------------
 
 

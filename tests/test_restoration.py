@@ -178,6 +178,29 @@ def test_matrices_that_are_not_finite_are_left_alone_and_reported_once(bad, meth
         torch.testing.assert_close(value, clean.get_parameter(other).detach(), rtol=1e-3, atol=1e-4)
 
 
+def test_named_matrices_alone_are_restored_also_of_fused_and_stacked_ones():
+    torch.manual_seed(0)
+    model = nn.ModuleDict({"gpt2": GPT2LMHeadModel(GPT2Config(vocab_size=64, n_positions=16, n_embd=24, n_layer=1))})
+    model.experts = nn.Module()
+    model.experts.up_proj = nn.Parameter(torch.randn(3, 8, 6))
+    before = weights(model)
+    restoration = Restoration(model, method="svd")
+    fused, stack = "gpt2.transformer.h.0.attn.c_attn.weight", "experts.up_proj"
+    report = restoration.apply(names=[f"{fused}.k", f"{stack}.2", "of another model"])
+    assert [m.name for m in report.matrices] == [f"{fused}.k", f"{stack}.2"]
+    assert all(m.changed for m in report.matrices)
+    expected = before | {fused: before[fused].clone(), stack: before[stack].clone()}
+    expected[fused][:, 24:48] = restore(before[fused][:, 24:48], method="svd")
+    expected[stack][2] = restore(before[stack][2], method="svd")
+    for name, p in model.named_parameters():
+        torch.testing.assert_close(p.detach(), expected[name], rtol=1e-6, atol=1e-7)
+        if name not in (fused, stack):
+            assert torch.equal(p, before[name])
+    assert torch.equal(model.experts.up_proj[:2], before[stack][:2])
+    assert restoration.apply(names=[]).matrices == ()
+    assert restoration.steps == [0]
+
+
 def test_every_weight_bad_is_a_report_and_no_exception():
     model = llama()
     with torch.no_grad():

@@ -10,12 +10,13 @@ from typing import Any
 from composer.algorithms.sam import SAMOptimizer
 from composer.algorithms.warnings import NoEffectWarning
 from composer.core import Algorithm, Event, State
-from composer.loggers import Logger
-from composer.utils import ensure_tuple
+from composer.loggers import Logger, TensorboardLogger
+from composer.utils import dist, ensure_tuple
 from torch import nn
 from torch.optim import Optimizer
 from torch.utils.hooks import RemovableHandle
 
+from msign_lightning import tensorboard
 from msign_lightning.linalg import Method, Rule, check_options
 from msign_lightning.restoration import Report, Restoration
 from msign_lightning.schedule import Schedule
@@ -161,8 +162,14 @@ class MSign(Algorithm):
         except EmptySelectionError as error:
             warnings.warn(NoEffectWarning(f"MSign has no effect: {error}"), stacklevel=2)
             return
-        optimizers = [_innermost(optimizer) for optimizer in ensure_tuple(state.optimizers)]
-        self._handles = restoration.attach(*optimizers, on_report=lambda report: logger.log_metrics(report.metrics()))
+        optimizers = [innermost(optimizer) for optimizer in ensure_tuple(state.optimizers)]
+
+        def write(report: Report) -> None:
+            logger.log_metrics(report.metrics())
+            for writer in tensorboard_writers(logger):
+                tensorboard.add_mark(writer, tensorboard.APPLICATION, report.step)
+
+        self._handles = restoration.attach(*optimizers, on_report=write)
         if batches := int(state.timestamp.batch):  # at zero the run is new, or `fit(reset_time=True)` says so
             restoration.load_state_dict({"steps": self._steps or [batches] * len(optimizers)})
         self._restoration = restoration
@@ -190,6 +197,12 @@ class MSign(Algorithm):
         self._steps = list(state["steps"])
 
 
-def _innermost(optimizer: Optimizer) -> Optimizer:
+def innermost(optimizer: Optimizer) -> Optimizer:
     """The optimizer that `SAM` wraps, which steps once per completed step and not at all where the scaler skips one."""
     return optimizer.base_optimizer if isinstance(optimizer, SAMOptimizer) else optimizer
+
+
+def tensorboard_writers(logger: Logger) -> list[Any]:
+    """Those of the trainer's TensorBoard loggers, on the processes that have one."""
+    loggers = [d for d in logger.destinations if isinstance(d, TensorboardLogger)]
+    return [d.writer for d in loggers if d.writer is not None and (dist.get_global_rank() == 0 or not d.rank_zero_only)]

@@ -1,0 +1,73 @@
+"""Command line of the ablation studies: `python -m ablations run quick`."""
+
+from __future__ import annotations
+
+import argparse
+import logging
+import shlex
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+import optuna
+
+from ablations.runner import FOLDER, results, run
+from ablations.storage import StorageError
+from ablations.study import StudyError, load
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Runs a command; returns the exit status: 0, 1 if cells failed, 2 for errors, 130 for an interruption."""
+    options = _parser().parse_args(arguments)
+    logging.basicConfig(level=logging.INFO, format="%(asctime)s %(message)s")
+    optuna.logging.set_verbosity(optuna.logging.WARNING)
+    try:
+        study = load(options.study)
+        place = options.folder / study.name
+        if options.command == "report":
+            from ablations.views import report  # needs matplotlib
+
+            for file in report(study, results(study, storage=options.storage, folder=options.folder), place):
+                print(file)
+            return 0
+        if options.command == "resume":
+            results(study, storage=options.storage, folder=options.folder)  # raises if it has not been started
+        summary = run(study, storage=options.storage, workers=options.workers, folder=options.folder)
+    except (StudyError, StorageError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        again = f"python -m ablations resume {shlex.quote(options.study)}"
+        print(f"interrupted; what is finished is kept; go on with: {again}, and the same options", file=sys.stderr)
+        return 130
+    print(f"{summary.done} cells done, {len(summary.failed)} failed; logs in {place}")
+    for label in summary.failed:
+        print(f"failed: {label}", file=sys.stderr)
+    return 1 if summary.failed else 0
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(prog="python -m ablations", description="Ablation studies: from file to frontier.")
+    commands = parser.add_subparsers(dest="command", required=True)
+    for name, text in {
+        "run": "train the cells that are not done yet",
+        "resume": "the same, for a study that has been started",
+        "report": "figures, tables and a web page of what is done",
+    }.items():
+        command = commands.add_parser(name, help=text)
+        command.add_argument("study", help="file of a study, or name of one of this package's, such as quick")
+        command.add_argument("--storage", help="URL of a database, or path of an Optuna journal; else in the folder")
+        command.add_argument("--folder", type=Path, default=FOLDER, help="where the study's folder is (%(default)s)")
+        if name != "report":
+            command.add_argument("--workers", type=_count, help="cells trained at once; else one per GPU or core")
+    return parser
+
+
+def _count(text: str) -> int:
+    if not text.isdecimal() or int(text) < 1:
+        raise argparse.ArgumentTypeError(f"must be a positive integer, got {text}")
+    return int(text)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,175 @@
+"""One training run: which it is, what it gave, and when it counts as stable."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import re
+from collections.abc import Mapping
+from typing import Any, NamedTuple
+
+from ablations.methods import Value
+
+Factors = tuple[tuple[str, Value], ...]
+
+
+def plain(value: Any) -> Any:
+    """The value with dicts and lists for its mappings and tuples, for JSON."""
+    if isinstance(value, Mapping):
+        return {name: plain(inner) for name, inner in value.items()}
+    return [plain(inner) for inner in value] if isinstance(value, (list, tuple)) else value
+
+
+def show(value: Value) -> str:
+    """The value, for people."""
+    if isinstance(value, tuple):
+        return ",".join(map(show, value))
+    return f"{value:g}" if isinstance(value, float) else str(value)
+
+
+class Group(NamedTuple):
+    """The cells that differ in learning rate and seed alone.
+
+    Attributes:
+        arm: The method.
+        factors: Name and value of the factors that concern it, but "lr", sorted by name.
+    """
+
+    arm: str
+    factors: Factors = ()
+
+    @property
+    def label(self) -> str:
+        """For people: "msign (period=20, targets=attention)"."""
+        inner = ", ".join(f"{name}={show(value)}" for name, value in self.factors)
+        return f"{self.arm} ({inner})" if inner else self.arm
+
+    def cell(self, lr: float, seed: int) -> Cell:
+        """The cell of the group at a peak learning rate, with a seed."""
+        return Cell(self.arm, tuple(sorted((*self.factors, ("lr", float(lr))))), seed)
+
+
+class Cell(NamedTuple):
+    """One training run.
+
+    Attributes:
+        arm: The method.
+        factors: Name and value of the factors that concern it, "lr" among them, sorted by name.
+        seed: Seed of initialisation and data.
+    """
+
+    arm: str
+    factors: Factors
+    seed: int
+
+    @property
+    def key(self) -> str:
+        """Identity of the cell in a storage: 16 hexadecimal digits of the SHA-256 of its values."""
+        text = json.dumps([self.arm, plain(self.factors), self.seed], separators=(",", ":"))
+        return hashlib.sha256(text.encode()).hexdigest()[:16]
+
+    @property
+    def lr(self) -> float:
+        """Peak learning rate."""
+        (lr,) = (value for name, value in self.factors if name == "lr")
+        assert isinstance(lr, float)
+        return lr
+
+    @property
+    def group(self) -> Group:
+        """The cell without learning rate and seed."""
+        return Group(self.arm, tuple(factor for factor in self.factors if factor[0] != "lr"))
+
+    @property
+    def label(self) -> str:
+        """For people: "msign (period=20) lr=0.03 seed=1"."""
+        return f"{self.group.label} lr={self.lr:.4g} seed={self.seed}"
+
+    @property
+    def folder(self) -> str:
+        """Name for a folder, readable and unlike any other cell's: "msign_period=20_lr=0.03_seed=1_4d1f03"."""
+        return re.sub(r"[^A-Za-z0-9.=+-]+", "_", self.label)[:200] + f"_{self.key[:6]}"
+
+    def as_dict(self) -> dict[str, Any]:
+        """Plain values, for JSON."""
+        return {"arm": self.arm, "factors": plain(dict(self.factors)), "seed": self.seed}
+
+    @classmethod
+    def from_dict(cls, values: Mapping[str, Any]) -> Cell:
+        """The cell that gave `as_dict`."""
+        factors = {n: tuple(v) if isinstance(v, list) else v for n, v in values["factors"].items()}
+        return cls(values["arm"], tuple(sorted(factors.items())), values["seed"])
+
+
+class Outcome(NamedTuple):
+    """What a run gave. Divergence is an outcome. Losses are in nats per token.
+
+    The smoothed loss is the mean of the last twenty training losses.
+
+    Attributes:
+        val_loss: Validation loss after the last step; None if the run diverged.
+        initial_loss: Training loss of the first step.
+        best_loss: Lowest smoothed loss.
+        final_loss: Last smoothed loss; None if the run diverged.
+        diverged_at: Step of the first loss that was not finite, or the last step if only the validation loss was not.
+        collapsed_at: First step from which the smoothed loss stays above min(initial loss, best so far + `delta`) until
+            the end, or `diverged_at` if it was below until then; None if it ends below: censored at `steps`.
+        spikes: Number of times that the loss rose more than `spike` above the median of the last 201.
+        max_grad_norm: Largest finite norm of all gradients before clipping; None if there was none.
+        stable_rank: Geometric mean of the stable ranks of the attention matrices at the end; None if the run diverged.
+        steps: Optimizer steps done.
+        tokens_per_second: Of training, without start-up, validation and measurements.
+        seconds: Of training, without validation and measurements.
+        curve: Step and smoothed loss at about fifty steps.
+    """
+
+    val_loss: float | None
+    initial_loss: float
+    best_loss: float
+    final_loss: float | None
+    diverged_at: int | None
+    collapsed_at: int | None
+    spikes: int
+    max_grad_norm: float | None
+    stable_rank: float | None
+    steps: int
+    tokens_per_second: float
+    seconds: float
+    curve: tuple[tuple[int, float], ...]
+
+    def as_dict(self) -> dict[str, Any]:
+        """Plain values, for JSON."""
+        values: dict[str, Any] = plain(self._asdict())
+        return values
+
+    @classmethod
+    def from_dict(cls, values: Mapping[str, Any]) -> Outcome:
+        """The outcome that gave `as_dict`."""
+        return cls(**{**values, "curve": tuple((step, loss) for step, loss in values["curve"])})
+
+
+class Criterion(NamedTuple):
+    """When a run counts as stable: finite to its end, and all of what follows.
+
+    Attributes:
+        max_loss: The validation loss must not exceed this bound, in nats per token, which is fixed before the study is
+            run; None for no bound.
+        delta: The last smoothed training loss must not exceed min(initial loss, lowest smoothed loss + delta).
+        spikes_per_10k: Spikes must not be more frequent than this many in 10,000 steps; None for no limit.
+        spike: A training loss this far above the median of the last 201, in nats per token, is a spike.
+    """
+
+    max_loss: float | None = None
+    delta: float = 0.5
+    spikes_per_10k: float | None = None
+    spike: float = 0.5
+
+    def is_stable(self, outcome: Outcome) -> bool:
+        """Whether a run was stable that gave this."""
+        if outcome.diverged_at is not None or outcome.val_loss is None or outcome.final_loss is None:
+            return False
+        return (
+            (self.max_loss is None or outcome.val_loss <= self.max_loss)
+            and outcome.final_loss <= min(outcome.initial_loss, outcome.best_loss + self.delta)
+            and (self.spikes_per_10k is None or 1e4 * outcome.spikes <= self.spikes_per_10k * outcome.steps)
+        )

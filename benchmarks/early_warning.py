@@ -1,0 +1,376 @@
+"""How early each signal warns of a collapse, and how often wrongly, on the tiny recipe with plain AdamW.
+
+`python -m benchmarks.early_warning` trains at a good, a marginal and a too high learning rate and on two ramps of the
+learning rate, over several seeds, with `StabilityMonitor` measuring every 10 steps (Jacobians every 50), and prints two
+tables. A run counts as lost
+
+- when the `CollapseDetector` says so: at a loss that is not finite, or at a "stall", the median of the last 201 losses
+  more than 0.2 nats above its best;
+- if it is as long as the good runs, also from the step at which that median is more than 0.2 nats above theirs, and
+  stays there to the end.
+
+The first table takes the alarms of `CollapseDetector` at fixed thresholds. The second asks what a signal could do at
+best: its threshold is the most extreme value in half of the good runs, and false alarms are counted on the other half.
+Leads are in optimizer steps, as median (lowest … highest); a negative one came too late.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import logging
+import math
+import os
+import platform
+import statistics
+import warnings
+from collections.abc import Callable, Iterable, Mapping
+from concurrent.futures import ProcessPoolExecutor
+from datetime import date
+from multiprocessing import get_context
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import matplotlib
+import numpy as np
+import torch
+from lightning.pytorch.loggers.logger import Logger
+from tqdm import tqdm
+
+from msign_lightning import StabilityMonitor, __version__
+from msign_lightning.collapse import CollapseDetector
+from recipes.train import load_recipe
+
+matplotlib.use("Agg")
+from matplotlib import pyplot as plt
+
+EVERY, JACOBIANS_EVERY = 10, 50
+SMOOTHING = 201
+LOST_BY = 0.2
+"""Nats above the good runs."""
+SETTLED = 100
+"""Calibrated thresholds hold from this step on: twice the warm-up."""
+
+
+class Setting(NamedTuple):
+    """A peak learning rate, reached after `warmup` of `steps` steps."""
+
+    lr: float
+    steps: int
+    warmup: int
+
+
+SETTINGS = {
+    "good, 3e-3": Setting(3e-3, 1500, 50),
+    "marginal, 1e-2": Setting(1e-2, 1500, 50),
+    "too high, 3e-2": Setting(3e-2, 1500, 50),
+    "ramp 0 → 0.3 in 1500": Setting(0.3, 1500, 1500),
+    "ramp 0 → 0.3 in 6000": Setting(0.3, 6000, 6000),
+}
+GOOD, MARGINAL, *LOST = SETTINGS
+
+OFF: dict[str, Any] = dict.fromkeys(("spike", "z_score", "stall", "stable_rank", "sign_diversity"))
+
+Rows = dict[int, dict[str, float]]
+"""Metrics by optimizer step."""
+
+
+class Record(Logger):
+    """Keeps what is logged in memory."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.rows: Rows = {}
+
+    @property
+    def name(self) -> str:
+        return "record"
+
+    @property
+    def version(self) -> int:
+        return 0
+
+    def log_hyperparams(self, *args: Any, **kwargs: Any) -> None:
+        pass
+
+    def log_metrics(self, metrics: Mapping[str, float], step: int | None = None) -> None:
+        if "loss/train" in metrics and step is not None:
+            step += 1  # Lightning counts steps from 0
+        self.rows.setdefault(step or 0, {}).update(metrics)
+
+
+def train(name: str, seed: int, folder: Path) -> None:
+    """Trains one run and keeps its readings in a file; a run that has one is not made again."""
+    file = file_of(name, seed, folder)
+    if file.exists():
+        return
+    setting = SETTINGS[name]
+    measure: Any = {"stable_rank": EVERY, "spectral_alignment": EVERY, "jacobian_alignment": JACOBIANS_EVERY}
+    record = Record()
+    recipe = load_recipe(
+        "tiny/prose",
+        "--use_msign=false",
+        f"--model.optimizer.lr={setting.lr}",
+        f"--model.warmup_steps={setting.warmup}",
+        f"--trainer.max_steps={setting.steps}",
+        f"--seed_everything={seed}",
+        "--trainer.log_every_n_steps=1",
+        "--trainer.limit_val_batches=0",
+        "--trainer.enable_checkpointing=false",
+        "--trainer.enable_progress_bar=false",
+        "--trainer.enable_model_summary=false",
+        "--trainer.logger=false",
+        callbacks=[StabilityMonitor(measure, thresholds=OFF, per_matrix=True)],
+    )
+    recipe.trainer.loggers = [record]
+    recipe.trainer.fit(recipe.model, recipe.datamodule)
+    unfinished = file.with_suffix(".part")
+    unfinished.write_text(json.dumps(record.rows))
+    unfinished.rename(file)
+
+
+def file_of(name: str, seed: int, folder: Path) -> Path:
+    """Where the readings of a run are kept."""
+    setting = SETTINGS[name]
+    return folder / f"lr={setting.lr:g} warmup={setting.warmup} steps={setting.steps} seed={seed}.json"
+
+
+def load(name: str, seed: int, folder: Path) -> Rows:
+    """Readings of a run, by step."""
+    return {int(step): row for step, row in json.loads(file_of(name, seed, folder).read_text()).items()}
+
+
+def _start_worker() -> None:
+    torch.set_num_threads(1)
+    logging.getLogger("lightning").setLevel(logging.ERROR)
+    logging.getLogger("msign_lightning").setLevel(logging.ERROR)
+    warnings.filterwarnings("ignore")
+
+
+# --- when a run is lost ------------------------------------------------------------------------------------------
+
+
+def smoothed(rows: Rows) -> np.ndarray[Any, np.dtype[np.float64]]:
+    """Median of the last 201 losses at each step, NaN before there are as many."""
+    losses = np.array([rows[step]["loss/train"] for step in sorted(rows) if "loss/train" in rows[step]])
+    medians = np.median(np.lib.stride_tricks.sliding_window_view(losses, SMOOTHING), axis=1)
+    return np.concatenate([np.full(SMOOTHING - 1, math.nan), medians])
+
+
+def lost_at(rows: Rows, good: np.ndarray[Any, np.dtype[np.float64]]) -> int | None:
+    """Step at which the run is lost; None if it is not."""
+    steps = [step for step, _ in alarms(rows, CollapseDetector(**OFF | {"stall": LOST_BY}))][:1]
+    losses = smoothed(rows)
+    if len(losses) == len(good):
+        caught_up = np.flatnonzero(losses <= good + LOST_BY)
+        last = int(caught_up[-1]) if len(caught_up) else SMOOTHING - 2
+        steps += [last + 2] if last + 1 < len(losses) else []  # index i holds step i + 1
+    return min(steps, default=None)
+
+
+def alarms(rows: Rows, detector: CollapseDetector) -> Iterable[tuple[int, str]]:
+    """Step and kind of each alarm; several at a step count as one."""
+    for step in sorted(rows):
+        row = rows[step]
+        ranks, diversity = (_per_matrix(row, quantity) for quantity in ("stable_rank", "sign_diversity"))
+        raised = detector.update(
+            step,
+            loss=row.get("loss/train"),
+            grad_norm=row.get("stability/grad_norm"),
+            stable_ranks=ranks,
+            sign_diversity=diversity,
+        )
+        yield from ((step, kind) for kind in dict.fromkeys(alarm.kind for alarm in raised))
+
+
+def _per_matrix(row: Mapping[str, float], quantity: str) -> dict[str, float]:
+    return {name: value for name, value in row.items() if name.startswith(f"{quantity}/") and name.endswith("weight")}
+
+
+# --- signals -----------------------------------------------------------------------------------------------------
+
+ALARMS: dict[str, CollapseDetector] = {
+    "stable rank < 2, half of the matrices": CollapseDetector(**OFF | {"stable_rank": 2.0}),
+    "stable rank < 2, any matrix": CollapseDetector(**OFF | {"stable_rank": 2.0, "share": 1e-9}),
+    "sign diversity < 0.1, half of the matrices": CollapseDetector(**OFF | {"sign_diversity": 0.1}),
+    "sign diversity < 0.1, any matrix": CollapseDetector(**OFF | {"sign_diversity": 0.1, "share": 1e-9}),
+    "loss 0.1 above its median of 201": CollapseDetector(**OFF | {"spike": 0.1}),
+    "loss 0.5 above its median of 201": CollapseDetector(**OFF | {"spike": 0.5}),
+    "loss 7 σ above its mean of 1000": CollapseDetector(**OFF | {"z_score": 7.0}),
+}
+
+
+def _lowest(name: str) -> Callable[[Mapping[str, float]], float | None]:
+    return lambda row: -row[name] if name in row else None
+
+
+def _highest(name: str) -> Callable[[Mapping[str, float]], float | None]:
+    return lambda row: row.get(name)
+
+
+SIGNALS: dict[str, Callable[[Mapping[str, float]], float | None]] = {
+    "stable rank, geometric mean (falls)": _lowest("stable_rank/geometric_mean"),
+    "stable rank, lowest (falls)": _lowest("stable_rank/min"),
+    "largest spectral norm (rises)": _highest("spectral_norm/max"),
+    "sign diversity, mean (falls)": _lowest("sign_diversity/mean"),
+    "Jacobian alignment, geometric mean (rises)": _highest("jacobian_alignment/geometric_mean"),
+    "Jacobian alignment, lowest (rises)": _highest("jacobian_alignment/min"),
+    "Jacobian norm of a block, geometric mean (rises)": _highest("jacobian_norm/geometric_mean"),
+    "Jacobian norm of the whole stack (rises)": _highest("jacobian_total"),
+    "bound of Theorem 4.2 (rises)": _highest("jacobian_bound"),
+    "gradient norm before clipping (rises)": _highest("stability/grad_norm"),
+}
+
+
+class Verdict(NamedTuple):
+    """First warning of a signal in one run, with the step at which the run was lost."""
+
+    setting: str
+    warned: int | None
+    lost: int | None
+    alarms: int  # in the whole run
+
+
+def summarize(verdicts: list[Verdict]) -> list[str]:
+    """Cells of a table: how many of the lost runs were warned of in time, and the lead times per setting."""
+    leads = {name: [v.lost - v.warned for v in _lost(verdicts, name) if v.lost and v.warned] for name in SETTINGS}
+    in_time = sum(lead > 0 for values in leads.values() for lead in values)
+    cells = [f"{in_time} of {sum(len(_lost(verdicts, name)) for name in SETTINGS)}"]
+    for name in LOST:
+        cells.append(
+            f"{statistics.median(leads[name]):.0f} ({min(leads[name])} … {max(leads[name])})" if leads[name] else "–"
+        )
+    return cells
+
+
+def _lost(verdicts: list[Verdict], setting: str) -> list[Verdict]:
+    return [v for v in verdicts if v.setting == setting and v.lost is not None]
+
+
+def false_alarms(verdicts: list[Verdict], setting: str) -> str:
+    """Runs of a setting that were not lost and yet warned of."""
+    kept = [v for v in verdicts if v.setting == setting and v.lost is None]
+    return f"{sum(v.warned is not None for v in kept)} of {len(kept)}" if kept else "–"
+
+
+def tabulate(runs: Mapping[tuple[str, int], Rows]) -> str:
+    """Both tables and the runs that were lost, as Markdown."""
+    seeds = sorted({seed for name, seed in runs if name == GOOD})
+    good = np.mean([smoothed(runs[GOOD, seed]) for seed in seeds], axis=0)
+    lost = {key: None if key[0] == GOOD else lost_at(rows, good) for key, rows in runs.items()}
+    lines = ["| setting | runs | lost | lost at step (lowest … highest) |", "|---|---|---|---|"]
+    for name in SETTINGS:
+        steps = [lost[key] for key in runs if key[0] == name]
+        known = sorted(step for step in steps if step is not None)
+        where = f"{statistics.median(known):.0f} ({known[0]} … {known[-1]})" if known else "–"
+        lines.append(f"| {name} | {len(steps)} | {len(known)} | {where} |")
+
+    head = ["warned in time", *(f"lead, {name}" for name in LOST), *(f"false alarms, {n}" for n in (GOOD, MARGINAL))]
+    lines += ["", f"| alarm | {' | '.join(head)} | alarms in a run, {GOOD} |", "|---|" + "---|" * (len(head) + 1)]
+    for title, detector in ALARMS.items():
+        fresh = detector.state_dict()
+        verdicts = []
+        for key, rows in runs.items():
+            detector.load_state_dict(fresh)
+            raised = [step for step, kind in alarms(rows, detector) if kind != "non_finite"]
+            verdicts.append(Verdict(key[0], raised[0] if raised else None, lost[key], len(raised)))
+        count = statistics.mean(v.alarms for v in verdicts if v.setting == GOOD)
+        cells = [*summarize(verdicts), *(false_alarms(verdicts, name) for name in (GOOD, MARGINAL)), f"{count:.1f}"]
+        lines.append(f"| {title} | {' | '.join(cells)} |")
+
+    head[-2] += ", held out"
+    lines += ["", f"| signal, calibrated | threshold | {' | '.join(head)} |", "|---|---|" + "---|" * len(head)]
+    calibration = seeds[: len(seeds) // 2]
+    for title, signal in SIGNALS.items():
+        series = {
+            key: [
+                (step, value) for step in sorted(rows) if step > SETTLED and (value := signal(rows[step])) is not None
+            ]
+            for key, rows in runs.items()
+        }
+        threshold = max(value for seed in calibration for _, value in series[GOOD, seed])
+        verdicts = []
+        for key, values in series.items():
+            if key[0] == GOOD and key[1] in calibration:
+                continue
+            raised = [step for step, value in values if not value <= threshold]
+            verdicts.append(Verdict(key[0], raised[0] if raised else None, lost[key], len(raised)))
+        cells = [*summarize(verdicts), *(false_alarms(verdicts, name) for name in (GOOD, MARGINAL))]
+        lines.append(f"| {title} | {abs(threshold):.3g} | {' | '.join(cells)} |")
+    return "\n".join(lines)
+
+
+def draw(runs: Mapping[tuple[str, int], Rows], file: Path) -> None:
+    """What was measured over the steps: a column per setting, a line per seed."""
+    panels = {
+        "training loss": "stability/loss",
+        "stable rank\n(geometric mean)": "stable_rank/geometric_mean",
+        "sign diversity\n(mean)": "sign_diversity/mean",
+        "Jacobian alignment\n(geometric mean)": "jacobian_alignment/geometric_mean",
+        "Jacobian norm\n(whole stack)": "jacobian_total",
+    }
+    figure, axes = plt.subplots(len(panels), len(SETTINGS), figsize=(14, 11), sharex="col", sharey="row")
+    seeds = sorted({seed for name, seed in runs if name == GOOD})
+    good = np.mean([smoothed(runs[GOOD, seed]) for seed in seeds], axis=0)
+    for column, name in zip(axes.T, SETTINGS, strict=True):
+        column[0].set_title(name, fontsize=10)
+        column[-1].set_xlabel("optimizer steps")
+        for (key, rows), ax_of in ((item, dict(zip(panels, column, strict=True))) for item in runs.items()):
+            if key[0] != name:
+                continue
+            lost = None if name == GOOD else lost_at(rows, good)
+            for title, metric in panels.items():
+                steps = [step for step in sorted(rows) if metric in rows[step]]
+                ax_of[title].plot(steps, [rows[step][metric] for step in steps], color=f"C{key[1]}", lw=0.8)
+                if lost is not None:
+                    ax_of[title].axvline(lost, color=f"C{key[1]}", ls=":", lw=0.8)
+    for ax, title in zip(axes[:, 0], panels, strict=True):
+        ax.set_ylabel(title)
+    axes[0, 0].set_ylim(2, 5)
+    for row in (1, 3, 4):
+        axes[row, 0].set_yscale("log")
+    figure.tight_layout()
+    figure.savefig(file, dpi=80)
+    plt.close(figure)
+
+
+def main(seeds: int, workers: int, folder: Path, results: Path) -> None:
+    """Trains what is missing in `folder` and writes tables and figure to `results`."""
+    for name, value in (("seeds", seeds), ("workers", workers)):
+        if value < 1 + (name == "seeds"):
+            raise ValueError(f"{name} must be at least {1 + (name == 'seeds')}, got {value}")
+    folder.mkdir(parents=True, exist_ok=True)
+    results.mkdir(parents=True, exist_ok=True)
+    keys = [(name, seed) for name in SETTINGS for seed in range(seeds)]
+    longest_first = sorted(keys, key=lambda key: -SETTINGS[key[0]].steps)
+    with ProcessPoolExecutor(workers, get_context("spawn"), _start_worker) as pool:
+        futures = [pool.submit(train, *key, folder) for key in longest_first]
+        for future in tqdm(futures, unit="run"):
+            future.result()
+    runs = {key: load(*key, folder) for key in keys}
+    report = "\n".join(
+        [
+            "# How early each signal warns, and how often wrongly",
+            "",
+            f"`python -m benchmarks.early_warning --seeds {seeds}`, {date.today()}, msign-lightning {__version__}, "
+            f"torch {torch.__version__}, Python {platform.python_version()}.",
+            f"Recipe tiny/prose, AdamW, seeds 0 to {seeds - 1}; lost, lead and false alarms as defined at the top of "
+            "benchmarks/early_warning.py.",
+            "",
+            tabulate(runs),
+            "",
+        ]
+    )
+    print(f"\n{report}")
+    (results / "early-warning.md").write_text(report)
+    draw(runs, results / "early-warning.png")
+    print(f"Kept in {results}/early-warning.md and .png")
+
+
+if __name__ == "__main__":
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--seeds", type=int, default=6, help="runs per setting; half of them calibrate")
+    parser.add_argument("--workers", type=int, default=os.cpu_count() or 1, help="runs at a time, one core each")
+    parser.add_argument("--folder", type=Path, default=Path("runs/early_warning"), help="where readings are kept")
+    parser.add_argument("--results", type=Path, default=Path("benchmarks/results"), help="where the report goes")
+    main(**vars(parser.parse_args()))

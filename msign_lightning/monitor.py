@@ -1,0 +1,367 @@
+"""Monitor: what is measured × how often × what an alarm does, in one framework-free object."""
+
+from __future__ import annotations
+
+import operator
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from inspect import signature
+from itertools import groupby
+from types import NoneType
+from typing import Any, Literal, get_args
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+
+from msign_lightning.collapse import Alarm, CollapseDetector
+from msign_lightning.diagnostics import Alignment, SpectralAlignment, Spectrum, SpectrumMonitor
+from msign_lightning.jacobian import BlockJacobians
+from msign_lightning.linalg import Rule, check_options
+from msign_lightning.restoration import Report, Restoration, matrix_names
+from msign_lightning.sharding import gather
+from msign_lightning.targets import Cut
+
+__all__ = ["Monitor", "OnAlarm", "Quantity", "Reading", "check_monitor", "grad_norm"]
+
+Quantity = Literal["stable_rank", "spectral_alignment", "jacobian_alignment"]
+OnAlarm = Literal["log", "stop", "restore"]
+
+DEFAULT_MEASURE: dict[Quantity, int] = {"stable_rank": 100, "spectral_alignment": 100}
+JACOBIAN_SEQUENCES = 2
+JACOBIAN_ITERATIONS = 8
+READ_INTERVAL = 10
+"""Optimizer steps whose losses are brought from the device at once, with the gradient norm of the last of them."""
+HISTOGRAM_INTERVAL = 10
+"""Measurements of which one is written as a histogram."""
+
+
+@dataclass(frozen=True)
+class Reading:
+    """What has been seen up to an optimizer step.
+
+    Attributes:
+        step: The optimizer step.
+        metrics: Scalars for any logger, summaries first.
+        alarms: New alarms, each with its own step, which may be up to nine steps earlier.
+        restored: What was restored upon them, if anything.
+        spectrum: The measurement of singular values, if one was due.
+        alignment: That of Spectral Alignment.
+        with_histograms: Whether their distributions are to be logged this time.
+    """
+
+    step: int
+    metrics: dict[str, float] = field(default_factory=dict)
+    alarms: tuple[Alarm, ...] = ()
+    restored: Report | None = None
+    spectrum: Spectrum | None = None
+    alignment: Alignment | None = None
+    with_histograms: bool = False
+
+    def describe(self) -> str:
+        """One line for a log: the alarms by kind, with the worst of each, and what was restored."""
+        parts = []
+        for (kind, step), alarms in groupby(self.alarms, lambda alarm: (alarm.kind, alarm.step)):
+            first, *others = sorted(alarms, key=lambda alarm: alarm.value)
+            more = f" and {len(others)} more" if others else ""
+            parts.append(
+                f"step {step}: {kind} of {first.name}{more} ({first.value:.3g}, threshold {first.threshold:.3g})"
+            )
+        if self.restored is not None:
+            parts.append(f"step {self.step}: {sum(m.changed for m in self.restored.matrices)} matrices restored")
+        return "; ".join(parts)
+
+
+class Monitor:
+    """Measures a model while it trains, raises alarms, and on request restores the matrices that raised them.
+
+    Framework-free. Around each optimizer step::
+
+        monitor = Monitor(model)
+        monitor.begin()
+        loss = model(batch).loss
+        loss.backward()
+        norm = grad_norm(model.parameters())
+        optimizer.step()
+        reading = monitor.end(loss.detach(), norm)
+
+    *Measured* are, at the steps that are multiples of their cadence, "stable_rank" (arXiv 2602.01734, Def. 3.1) with
+    σ₁, "spectral_alignment" (arXiv 2510.04202) and "jacobian_alignment" (arXiv 2602.01734, Def. 3.2; on two sequences).
+    The weights are those before the step, so a measurement never sees an application of the same step. The loss
+    is taken at every step and brought from the device ten steps at a time, with the gradient norm of the last. A
+    measuring step has one transfer for each quantity.
+
+    *Alarms* are those of a `CollapseDetector`. With on_alarm="restore" the matrices whose alarm is on are restored (the
+    adaptive schedule which arXiv 2602.01734 leaves to future work): those of "stable_rank" and "sign_diversity" after a
+    measurement; all targets while a loss spikes or stalls. A matrix is not restored again within `cooldown` steps.
+
+    Several processes see the mean of what each measures, so that all raise the same alarms; all must call `begin` and
+    `end` at the same steps.
+
+    Args:
+        model: The model. It must be final: cast, wrapped and sharded as it is trained.
+        measure: Quantity → cadence in optimizer steps; None for stable rank and spectral alignment every 100.
+        on_alarm: "log"; "stop", which is left to the caller; or "restore".
+        targets: "attention", "mlp", "all_2d" (both), or globs over parameter names.
+        exclude: Globs over parameter names to leave out.
+        cuts: Globs over parameter names → `Cut`, for fused parameters whose layout cannot be known.
+        blocks: Names or globs of the blocks for the Jacobians; None to find them.
+        thresholds: Arguments of `CollapseDetector` that differ from its defaults; None turns an alarm off.
+        cooldown: Optimizer steps for which a restored matrix is left alone.
+        stop: Last step at which a matrix may be restored; None for no end.
+        rule: How matrices are restored: "msign" or "cap"; see `restore`.
+        per_matrix: Whether to log values per matrix and block besides summaries.
+
+    Raises:
+        ValueError: An argument is out of its range, nothing is selected, or there are no blocks for the Jacobians.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        measure: Mapping[Quantity, int] | None = None,
+        on_alarm: OnAlarm = "log",
+        *,
+        targets: str | Sequence[str] = "all_2d",
+        exclude: str | Sequence[str] = (),
+        cuts: Mapping[str, Cut] | None = None,
+        blocks: str | Sequence[str] | None = None,
+        thresholds: Mapping[str, float | None] | None = None,
+        cooldown: int = 100,
+        stop: int | None = None,
+        rule: Rule = "msign",
+        per_matrix: bool = False,
+    ) -> None:
+        check_monitor(measure, on_alarm, thresholds, cooldown, stop, rule)
+        self.measure = dict(DEFAULT_MEASURE if measure is None else measure)
+        self.on_alarm, self.cooldown, self.stop, self.per_matrix = on_alarm, cooldown, stop, per_matrix
+        self.detector = _detector(thresholds)
+        self._spectra = self._alignment = self._jacobians = self._restoration = None
+        selection: dict[str, Any] = {"targets": targets, "exclude": exclude, "cuts": cuts}
+        if self.measure.keys() & {"stable_rank", "spectral_alignment"}:
+            self._spectra = SpectrumMonitor(model, **selection)
+        if "spectral_alignment" in self.measure:
+            self._alignment = SpectralAlignment(model, **selection)
+        if "jacobian_alignment" in self.measure:
+            self._jacobians = BlockJacobians(model, blocks, iterations=JACOBIAN_ITERATIONS)
+        if on_alarm == "restore":
+            self._restoration = Restoration(model, rule=rule, **selection)
+        self.steps = 0
+        self._due: frozenset[Quantity] | None = None  # what is measured in the step that has begun
+        self._stride = 1  # steps since the last `begin`, several where an optimizer steps several times a batch
+        self._measurements = 0
+        self._spectrum: Spectrum | None = None
+        self._pending: list[Tensor] = []  # loss and gradient norm of the last steps, (2,) each
+        self._restored_at: dict[str, int] = {}
+
+    def begin(self) -> None:
+        """To be called before the forward passes of a step; again before `end` it does nothing."""
+        if self._due is not None:
+            return
+        # A multiple of the cadence has been reached since the last `begin`, or jumped over.
+        self._due = frozenset(q for q, every in self.measure.items() if (self.steps + 1) % every < self._stride)
+        if self._spectra is not None and self._due & {"stable_rank", "spectral_alignment"}:
+            self._spectrum = self._spectra.measure()
+            if dist.is_initialized():
+                self._spectrum = self._spectrum.all_reduce()
+            if self._alignment is not None and "spectral_alignment" in self._due:
+                self._alignment.arm(self._spectrum)
+        if self._jacobians is not None and "jacobian_alignment" in self._due:
+            self._jacobians.arm(JACOBIAN_SEQUENCES)
+
+    @property
+    def reads_next(self) -> bool:
+        """Whether the next `end` brings values from the device, and so takes note of a gradient norm."""
+        return bool(self._due) or -(self.steps + 1) % READ_INTERVAL < self._stride
+
+    def end(self, loss: Tensor | float | None = None, grad_norm: Tensor | float | None = None) -> Reading | None:
+        """To be called after each optimizer step; a step that a gradient scaler skips does not count.
+
+        Args:
+            loss: The training loss of the step, on any device; None if there is none.
+            grad_norm: Norm of all gradients before they were clipped, likewise; worth computing where `reads_next`.
+
+        Returns:
+            What was seen, or None if nothing is brought from the device at this step.
+        """
+        self.steps += 1
+        self._stride = 1 if self._due is not None else self._stride + 1
+        due, self._due = self._due or frozenset(), None
+        self._pending.append(_agreed(loss, grad_norm))
+        if not due and self.steps % READ_INTERVAL:
+            return None
+        return self._read(due)
+
+    def close(self) -> Reading | None:
+        """Ends a measurement that has begun and reads the last losses; None if there are none.
+
+        Nothing is restored: whoever closes may have saved the weights already.
+        """
+        self.disarm()
+        self._due, self._spectrum = None, None
+        return self._read(frozenset(), restore=False) if self._pending else None
+
+    def disarm(self) -> None:
+        """Lets go of the model until `begin` is called next."""
+        if self._alignment is not None:
+            self._alignment.disarm()
+        if self._jacobians is not None:
+            self._jacobians.disarm()
+
+    def _read(self, due: frozenset[Quantity], restore: bool = True) -> Reading:
+        self.disarm()
+        device = self._pending[-1].device  # those of a checkpoint are on the CPU
+        losses, norms = torch.stack([pair.to(device) for pair in self._pending]).unbind(1)
+        history = [(_known(loss), _known(norm)) for loss, norm in zip(losses.tolist(), norms.tolist(), strict=True)]
+        self._pending = []
+        metrics: dict[str, float] = {}
+        if known := [loss for loss, _ in history if loss is not None]:
+            metrics["stability/loss"] = sum(known) / len(known)
+        if known := [norm for _, norm in history if norm is not None]:
+            metrics["stability/grad_norm"] = torch.tensor(known).max().item()  # NaN if one is
+
+        spectrum, alignment = self._spectrum, None
+        self._spectrum = None
+        if spectrum is not None:
+            metrics |= spectrum.metrics(per_matrix=self.per_matrix)
+        if self._alignment is not None and "spectral_alignment" in due:
+            alignment = self._alignment.result()
+            if dist.is_initialized():
+                alignment = alignment.all_reduce()
+            metrics |= alignment.metrics(per_matrix=self.per_matrix)
+        if self._jacobians is not None and "jacobian_alignment" in due:
+            jacobian = self._jacobians.result()
+            if jacobian is not None:
+                metrics |= jacobian.metrics(per_block=self.per_matrix)
+
+        alarms: list[Alarm] = []
+        for step, (loss, norm) in enumerate(history, self.steps - len(history) + 1):
+            alarms += self.detector.update(step, loss=loss, grad_norm=norm)
+        alarms += self.detector.update(
+            self.steps,
+            stable_ranks=None if spectrum is None else {m.name: m.stable_rank for m in spectrum.matrices},
+            sign_diversity=None if alignment is None else {m.name: m.sign_diversity for m in alignment.matrices},
+        )
+        if due or alarms:
+            metrics["stability/alarms"] = float(len(self.detector.active))
+        restored = self._restore(due) if restore else None
+        if restored is not None:
+            metrics |= restored.metrics()
+        self._measurements += bool(due)
+        with_histograms = bool(due) and self._measurements % HISTOGRAM_INTERVAL == 1
+        return Reading(self.steps, metrics, tuple(alarms), restored, spectrum, alignment, with_histograms)
+
+    def _restore(self, due: frozenset[Quantity]) -> Report | None:
+        """Restores the matrices whose alarm is on and that were seen just now, but for those that cool down."""
+        if self._restoration is None or (self.stop is not None and self.steps > self.stop):
+            return None
+        kinds = {"loss_spike", "loss_outlier", "stall"}
+        kinds |= {"stable_rank"} if due & {"stable_rank", "spectral_alignment"} else set()
+        kinds |= {"sign_diversity"} if "spectral_alignment" in due else set()
+        names: set[str] = set()
+        for kind, name in self.detector.active:
+            if kind in kinds:
+                names |= {name} if name != "loss" else {m for t in self._restoration.targets for m in matrix_names(t)}
+        ready = {m for m in names if self.steps >= self._restored_at.get(m, -self.cooldown) + self.cooldown}
+        if not ready:
+            return None
+        self._restoration.load_state_dict({"steps": [self.steps]})
+        self._restored_at |= dict.fromkeys(sorted(ready), self.steps)
+        self.detector.clear(ready)
+        return self._restoration.apply(names=ready)
+
+    def describe(self) -> str:
+        """One line for a log: what is measured, how often, and what an alarm does."""
+        count = 0 if self._spectra is None else sum(target.count for target in self._spectra.targets)
+        quantities = ", ".join(f"{quantity} every {every} steps" for quantity, every in self.measure.items())
+        action = f"restore (cool-down {self.cooldown} steps)" if self.on_alarm == "restore" else self.on_alarm
+        return f"monitor: {quantities or 'loss and gradient norm'}; {count} matrices; on alarm: {action}"
+
+    def state_dict(self) -> dict[str, Any]:
+        """What exact resumption needs after an `end`, in tensors on the CPU and plain values."""
+        return {
+            "steps": self.steps,
+            "stride": self._stride,
+            "measurements": self._measurements,
+            "pending": [pair.tolist() for pair in self._pending],
+            "restored_at": dict(self._restored_at),
+            "detector": self.detector.state_dict(),
+            "spectra": None if self._spectra is None else self._spectra.state_dict(),
+        }
+
+    def load_state_dict(self, state_dict: Mapping[str, Any]) -> None:
+        """Continues from a saved state; what is measured anew starts anew."""
+        self.steps = state_dict["steps"]
+        self._stride = state_dict["stride"]
+        self._measurements = state_dict["measurements"]
+        self._pending = [torch.tensor(pair, dtype=torch.float32) for pair in state_dict["pending"]]
+        self._restored_at = dict(state_dict["restored_at"])
+        self.detector.load_state_dict(state_dict["detector"])
+        if self._spectra is not None and state_dict["spectra"] is not None:
+            self._spectra.load_state_dict(state_dict["spectra"])
+
+
+def check_monitor(
+    measure: Mapping[Quantity, int] | None,
+    on_alarm: OnAlarm,
+    thresholds: Mapping[str, float | None] | None,
+    cooldown: int,
+    stop: int | None,
+    rule: Rule,
+) -> None:
+    """Raises ValueError if an argument of `Monitor` that concerns no model is out of its range."""
+    if not isinstance(measure, (Mapping, NoneType)):
+        raise ValueError(f"measure must map quantities to cadences in optimizer steps, got {measure!r}")
+    for quantity, every in (measure or {}).items():
+        if quantity not in get_args(Quantity):
+            raise ValueError(f"measure must hold only {', '.join(get_args(Quantity))}, got {quantity!r}")
+        _check_positive(f"the cadence of {quantity} in measure", every)
+    if on_alarm not in get_args(OnAlarm):
+        raise ValueError(f"on_alarm must be one of {', '.join(get_args(OnAlarm))}, got {on_alarm!r}")
+    _detector(thresholds)
+    _check_positive("cooldown", cooldown)
+    if stop is not None:
+        _check_positive("stop", stop)
+    check_options(rule=rule)
+
+
+def _detector(thresholds: Mapping[str, float | None] | None) -> CollapseDetector:
+    arguments: dict[str, Any] = dict(thresholds or {})
+    known = signature(CollapseDetector).parameters
+    if unknown := [name for name in arguments if name not in known]:
+        raise ValueError(f"thresholds must hold only {', '.join(known)}, got {unknown[0]!r}")
+    return CollapseDetector(**arguments)
+
+
+def _check_positive(name: str, value: object) -> None:
+    try:
+        valid = not isinstance(value, bool) and operator.index(value) > 0  # type: ignore[arg-type]
+    except TypeError:
+        valid = False
+    if not valid:
+        raise ValueError(f"{name} must be a positive integer (optimizer steps), got {value!r}")
+
+
+@torch.no_grad()
+def grad_norm(parameters: Iterable[nn.Parameter]) -> Tensor | None:
+    """√Σ‖g‖² over the gradients g of the parameters, on their device; None if there are none.
+
+    For sharded gradients it is a collective.
+    """
+    gradients = [parameter.grad for parameter in parameters if parameter.grad is not None]
+    return gather(torch.nn.utils.get_total_norm(gradients)) if gradients else None
+
+
+def _agreed(loss: Tensor | float | None, norm: Tensor | float | None) -> Tensor:
+    """Both in one tensor (2,), averaged over the processes: −∞ for what there is not, which no norm or loss is."""
+    device = next((v.device for v in (loss, norm) if isinstance(v, Tensor)), torch.device("cpu"))
+    values = [torch.as_tensor(-torch.inf if v is None else v).detach().to(device, torch.float32) for v in (loss, norm)]
+    pair = torch.stack([value.reshape(()) for value in values])
+    if dist.is_initialized():
+        dist.all_reduce(pair)
+        pair /= dist.get_world_size()
+    return pair
+
+
+def _known(value: float) -> float | None:
+    return None if value == -torch.inf else value

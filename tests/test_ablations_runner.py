@@ -1,0 +1,581 @@
+"""The runner of studies: storages, cells shared by parents, and real processes that are killed."""
+
+import multiprocessing
+import os
+import random
+import re
+import resource
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+import tempfile
+import threading
+import time
+from collections import Counter
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
+from pathlib import Path
+
+import optuna
+import psycopg
+import pytest
+from optuna.trial import TrialState
+
+from ablations import ledger as ledger_module
+from ablations.cell import Outcome
+from ablations.ledger import Ledger, exists
+from ablations.pool import Crashed, Finished, Pool
+from ablations.runner import results, run
+from ablations.storage import JOURNAL, StorageError, opened, reading
+from ablations.study import Bisect, Grid, Study, StudyError, Tpe, load
+
+ROOT = Path(__file__).parent.parent
+SMALL = {
+    "model.config.n_layers": 1,
+    "model.config.width": 16,
+    "model.config.n_heads": 2,
+    "model.config.mlp_width": 32,
+    "model.warmup_steps": 5,
+    "trainer.limit_val_batches": 2,
+}
+PATIENCE = 180.0
+"""Seconds that other processes have for what takes a few on a quiet machine."""
+
+
+def study(**changes):
+    values = {
+        "name": "tiny",
+        "recipe": "tiny/prose",
+        "steps": 20,
+        "arms": ["adamw", "msign"],
+        "factors": {"lr": [0.003, 0.03], "period": [5]},
+        "seeds": [0, 1],
+        "settings": SMALL,
+    }
+    return Study(**{**values, **changes})
+
+
+STUDIES = {
+    "grid": study(seeds=[0, 1, 2]),
+    "bisect": study(factors={"period": [5]}, sampler=Bisect(1e-3, 10, resolution=0.5, runs=4)),
+    "tpe": study(factors={"period": [5]}, sampler=Tpe(1e-3, 10, trials=14)),
+}
+
+
+def outcome(val_loss=2.0, **changes):
+    values = {
+        "initial_loss": 5.0,
+        "best_loss": 2.0,
+        "final_loss": 2.0,
+        "diverged_at": None,
+        "collapsed_at": None,
+        "spikes": 0,
+        "max_grad_norm": 1.0,
+        "stable_rank": 4.0,
+        "steps": 20,
+        "tokens_per_second": 1e4,
+        "seconds": 1.0,
+        "curve": ((1, 5.0), (20, 2.0)),
+    }
+    return Outcome(**{"val_loss": val_loss, **values, **changes})
+
+
+DIVERGED = outcome(None, final_loss=None, diverged_at=7, collapsed_at=7, stable_rank=None, steps=7)
+
+
+def train_all(ledger, finished=None):
+    """Takes cells until there is none left; "trains" them to an outcome that their learning rate decides."""
+    while True:
+        ledger.keep_up()
+        claim = ledger.claim()
+        if claim is not None:
+            time.sleep(0.002)
+            ledger.finish(claim, outcome() if claim.cell.lr < 0.5 else DIVERGED)
+            if finished is not None:
+                finished.append(claim.cell.key)
+        elif ledger.is_finished():
+            return
+        else:
+            time.sleep(0.01)
+
+
+def assert_each_cell_once(study, backend):
+    """That the study is done and no cell was trained to its end twice."""
+    cells = [trial.user_attrs["cell"] for trial in trials_of(study, backend, TrialState.COMPLETE)]
+    assert len(set(cells)) == len(cells)
+    match study.sampler:
+        case Grid():
+            assert set(cells) == {cell.key for cell in study.cells()}
+        case Tpe(trials=trials):
+            assert len(cells) == trials
+        case Bisect(runs=runs):
+            specs = [t.user_attrs["cell_spec"] for t in trials_of(study, backend, TrialState.COMPLETE)]
+            per_group = Counter((spec["arm"], spec["seed"]) for spec in specs)
+            assert set(per_group) == {(arm, seed) for arm in study.arms for seed in study.seeds}
+            assert max(per_group.values()) <= runs
+
+
+@contextmanager
+def file_size_limit(size):
+    """Files can't grow beyond: the kernel writes what fits, then refuses, as it does when a disk is full."""
+    usual = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (size, usual[1]))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, usual)
+
+
+def trials_of(study, backend, *states):
+    return optuna.load_study(study_name=study.name, storage=backend).get_trials(states=states or None)
+
+
+@pytest.fixture(autouse=True)
+def _quiet_optuna():
+    optuna.logging.set_verbosity(optuna.logging.WARNING)
+
+
+@pytest.fixture(scope="module")
+def server():
+    """Address of a PostgreSQL server, Debian's package, on a folder of its own. It refuses to run as root."""
+    found = shutil.which("initdb") or next(map(str, sorted(Path("/usr/lib/postgresql").glob("*/bin/initdb"))), None)
+    if found is None:
+        pytest.skip("PostgreSQL is not installed: no initdb")
+    binaries = Path(found).parent
+    folder = Path(tempfile.mkdtemp(prefix="postgres"))
+    as_postgres = []
+    if os.geteuid() == 0:
+        shutil.chown(folder, "postgres", "postgres")
+        as_postgres = ["runuser", "-u", "postgres", "--"]
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+
+    def call(program, *arguments):
+        # Into a file: the server keeps what it inherits open.
+        with (folder.parent / f"{folder.name}.log").open("ab") as log:
+            command = [*as_postgres, str(binaries / program), "-D", str(folder / "data"), *arguments]
+            subprocess.run(command, cwd="/", check=True, stdout=log, stderr=log, timeout=PATIENCE)
+
+    call("initdb", "--username=optuna", "--auth=trust", "--no-sync", "--encoding=UTF8", "--locale=C")
+    call("pg_ctl", "-w", "-o", f"-F -p {port} -k {folder} -c listen_addresses=127.0.0.1", "start")
+    yield f"127.0.0.1:{port}"
+    call("pg_ctl", "-w", "-m", "immediate", "stop")
+    shutil.rmtree(folder)
+    (folder.parent / f"{folder.name}.log").unlink()
+
+
+@pytest.fixture
+def database(server, request):
+    """URL of an empty database."""
+    name = re.sub(r"\W", "_", request.node.name).lower()
+    with psycopg.connect(f"postgresql://optuna@{server}/postgres", autocommit=True) as connection:
+        connection.execute(f'CREATE DATABASE "{name}"')
+    return f"postgresql+psycopg://optuna@{server}/{name}"
+
+
+class TestStorage:
+    def test_a_line_that_was_not_finished_is_cut_off(self, tmp_path):
+        cells = study()
+        with opened(None, tmp_path) as (backend, alone):
+            ledger = Ledger(cells, backend, alone=alone)
+            ledger.finish(ledger.claim(), outcome())
+        journal, lock = tmp_path / JOURNAL, tmp_path / f"{JOURNAL}.lock"
+        whole = journal.read_bytes()
+        journal.write_bytes(whole + b'{"op_code":6,"worker_id":"')
+        lock.symlink_to(journal)  # as Optuna's in a process that is killed while it writes
+        with opened(None, tmp_path) as (backend, alone):
+            assert journal.read_bytes() == whole
+            assert not lock.is_symlink()
+            train_all(Ledger(cells, backend, alone=alone))
+        assert len(results(cells, storage=str(journal))) == len(cells.cells())
+
+    def test_a_full_disk_loses_nothing_that_was_finished(self, tmp_path):
+        cells, finished = study(), []
+        with (
+            file_size_limit(11_000),
+            pytest.raises(StorageError, match=rf"{JOURNAL} can't be used: .*File too large"),
+            opened(None, tmp_path) as (backend, alone),
+        ):
+            train_all(Ledger(cells, backend, alone=alone), finished)
+        assert not (tmp_path / JOURNAL).read_bytes().endswith(b"\n")
+        assert 2 <= len(finished) < len(cells.cells())
+        with opened(None, tmp_path) as (backend, alone):
+            done = trials_of(cells, backend, TrialState.COMPLETE)
+            assert [trial.user_attrs["cell"] for trial in done] == finished
+            train_all(Ledger(cells, backend, alone=alone))
+            assert_each_cell_once(cells, backend)
+
+    @pytest.mark.parametrize("url", [None, "sqlite:///{}/cells.db"], ids=["journal", "sqlite"])
+    def test_one_process_has_a_file(self, tmp_path, url):
+        url = url and url.format(tmp_path)
+        with opened(url, tmp_path) as (_, alone):
+            assert alone
+            with pytest.raises(StorageError, match="in use by another process"), opened(url, tmp_path):
+                pass
+        with opened(url, tmp_path):
+            pass
+
+    @pytest.mark.parametrize(
+        "url, reason",
+        [
+            ("postgresql+psycopg://me:secret@127.0.0.1:1/x", r"//me:\*\*\*@127.0.0.1:1/x .*Connection refused"),
+            ("mysql+mysqldb://me:secret@localhost/x", "No module named 'MySQLdb'"),
+            ("nosuch://me:secret@localhost/x", "nosuch"),
+            ("postgresql://me:secret@localhost:port/x", "must be the path of a journal or the URL of a database"),
+            ("sqlite:////dev/null/cells.db", r"cells.db can't be used: .*/dev/null"),
+            ("/dev/null/journal.log", r"journal.log can't be used: .*/dev/null"),
+            ("{text}", "no journal of Optuna"),
+            ("{folder}", "Is a directory"),
+        ],
+    )
+    def test_what_can_not_be_used_is_refused(self, tmp_path, url, reason):
+        text = tmp_path / "study.yaml"
+        text.write_text("recipe: tiny/prose\nsteps: 20")
+        with (
+            pytest.raises(StorageError, match=reason) as error,
+            opened(url.format(text=text, folder=tmp_path), tmp_path / "folder"),
+        ):
+            pass
+        assert "secret" not in str(error.value)
+        assert text.read_text().endswith("steps: 20")
+
+    def test_a_folder_that_can_not_be_made(self):
+        with pytest.raises(StorageError, match="folder /dev/null/tiny must be one that can be written to: Not a dir"):
+            run(study(), folder=Path("/dev/null"))
+
+    def test_a_study_that_has_not_been_started(self, tmp_path):
+        with pytest.raises(StorageError, match="nothing has been run"):
+            results(study(), folder=tmp_path)
+        assert not (tmp_path / "tiny").exists()
+        with opened(None, tmp_path) as (backend, alone):
+            Ledger(study(), backend, alone=alone)
+        with pytest.raises(StudyError, match="other has not been started here; studies in the storage: tiny"):
+            results(study(name="other"), storage=str(tmp_path / JOURNAL))
+
+
+class TestLedger:
+    def test_a_study_that_changed_after_its_start_is_refused(self, tmp_path):
+        changed = study(steps=40, seeds=[0, 1, 2])
+        with opened(None, tmp_path) as (backend, alone):
+            assert not exists(changed, backend)
+            Ledger(study(), backend, alone=alone)
+            assert exists(study(), backend)
+            for refused in (lambda: exists(changed, backend), lambda: Ledger(changed, backend, alone=alone)):
+                with pytest.raises(StudyError, match=r"steps: 20 → 40; seeds: \[0, 1\] → \[0, 1, 2\]"):
+                    refused()
+
+    def test_what_a_trial_holds(self, tmp_path):
+        cells = study(factors={"lr": [0.003, 0.03], "model.optimizer.betas": [(0.9, 0.95), (0.9, 0.999)]})
+        with opened(None, tmp_path) as (backend, alone):
+            ledger = Ledger(cells, backend, alone=alone)
+            first, second = ledger.claim(), ledger.claim()
+            assert [first.cell, second.cell] == cells.cells()[:2]
+            assert not any(ledger.report(first, step, 5.0 - step / 20) for step in (10, 20, 10))
+            ledger.finish(first, outcome())
+            ledger.finish(second, DIVERGED)
+            stable, diverged = trials_of(cells, backend, TrialState.COMPLETE)
+        betas = {"model.optimizer.betas": "0.9,0.95"}
+        assert stable.params == {"arm": "adamw", "lr": 0.003, "seed": 0, **betas}
+        assert stable.intermediate_values == {10: 4.5, 20: 4.0}
+        assert (stable.value, stable.constraints) == (2.0, {"unstable": -1.0})
+        assert (diverged.value, diverged.constraints) == (10.0, {"unstable": 1.0})
+        runs = results(cells, storage=str(tmp_path / JOURNAL))
+        assert [(run.cell, run.outcome, run.stable) for run in runs] == [
+            (first.cell, outcome(), True),
+            (second.cell, DIVERGED, False),
+        ]
+
+    def test_a_loss_that_was_never_finite_has_a_finite_value(self, tmp_path):
+        with opened(None, tmp_path) as (backend, alone):
+            ledger = Ledger(study(), backend, alone=alone)
+            ledger.finish(ledger.claim(), DIVERGED._replace(initial_loss=float("inf")))
+            (trial,) = trials_of(study(), backend, TrialState.COMPLETE)
+        assert trial.value > 1e300
+
+    def test_pruning(self, tmp_path):
+        cells = study(factors={}, sampler=Tpe(1e-3, 1, trials=7), prune=True)
+        with opened(None, tmp_path) as (backend, alone):
+            ledger = Ledger(cells, backend, alone=alone)
+            for loss in range(7):
+                claim = ledger.claim()
+                pruned = ledger.report(claim, 10, float(loss))
+                assert pruned == (loss > 4)  # worse than the median, after the pruner's five first trials
+                ledger.finish(claim, None if pruned else outcome())
+            assert ledger.claim() is None
+            assert ledger.done == 7
+            states = [trial.state for trial in trials_of(cells, backend)]
+        assert states == [TrialState.COMPLETE] * 5 + [TrialState.PRUNED] * 2
+        assert len(results(cells, storage=str(tmp_path / JOURNAL))) == 5
+
+    @pytest.mark.parametrize("kind", STUDIES)
+    def test_cells_that_are_given_up_or_left_behind_are_for_the_next_parent(self, tmp_path, kind):
+        cells = STUDIES[kind]
+        with opened(None, tmp_path) as (backend, alone):
+            ledger = Ledger(cells, backend, alone=alone)
+            given_up = ledger.claim()
+            ledger.give_up(given_up, "Traceback")
+            finished = []
+            train_all(ledger, finished)
+            assert finished
+            assert given_up.cell.key not in finished
+            assert ledger.failed == [given_up.cell.label]
+            ledger.release()
+        with opened(None, tmp_path) as (backend, alone):
+            killed = Ledger(cells, backend, alone=alone)
+            killed.keep_up()
+            left = killed.claim()
+            train_all(Ledger(cells, backend, alone=alone))
+            done = trials_of(cells, backend, TrialState.COMPLETE)
+            assert left.trial.number not in {trial.number for trial in done}
+            assert_each_cell_once(cells, backend)
+
+    @pytest.mark.parametrize("kind", STUDIES)
+    def test_parents_share_a_database_without_doubles(self, tmp_path, database, kind):
+        cells = STUDIES[kind]
+        start = threading.Barrier(3)
+        finished = [[], [], []]
+
+        def parent(mine):
+            start.wait()  # all make the tables, the study and its cells at once
+            with opened(database, tmp_path) as (backend, alone):
+                assert not alone
+                train_all(Ledger(cells, backend, alone=alone), mine)
+
+        with ThreadPoolExecutor(3) as pool:
+            for done in [pool.submit(parent, mine) for mine in finished]:
+                done.result()
+        assert all(finished)
+        with reading(database, tmp_path) as backend:
+            assert_each_cell_once(cells, backend)
+            assert not trials_of(cells, backend, TrialState.RUNNING, TrialState.WAITING)
+            done = [trial.user_attrs["cell"] for trial in trials_of(cells, backend, TrialState.COMPLETE)]
+        assert Counter(done) == Counter(key for mine in finished for key in mine)
+
+    def test_only_dead_parents_lose_their_cells(self, tmp_path, database, monkeypatch):
+        monkeypatch.setattr(ledger_module, "BEAT", 0.0)
+        monkeypatch.setattr(ledger_module, "GRACE", 0.5)
+        cells = study()
+        with opened(database, tmp_path) as (ours, _), opened(database, tmp_path) as (theirs, _):
+            living, dead, other = (Ledger(cells, backend, alone=False) for backend in (ours, ours, theirs))
+            living.keep_up()
+            dead.keep_up()
+            kept, lost = living.claim(), dead.claim()
+            while not trials_of(cells, ours, TrialState.FAIL):
+                living.keep_up()
+                other.keep_up()
+            assert [trial.number for trial in trials_of(cells, ours, TrialState.FAIL)] == [lost.trial.number]
+            living.finish(kept, outcome())
+            assert dead.report(lost, 10, 3.0)  # it was not dead but slow; what it has does not count any more
+            dead.finish(lost, outcome(3.0))
+            train_all(other)
+            assert_each_cell_once(cells, ours)
+        assert {run.outcome.val_loss for run in results(cells, storage=database)} == {2.0}
+
+
+def test_a_full_disk_under_the_logs_stops_a_worker_for_good(tmp_path):
+    def ask(task):
+        pool.start(0, task)
+        messages = []
+        while pool.busy:
+            messages += [message for _, message in pool.wait(1.0)]
+        return messages[-1]
+
+    with Pool(study(), tmp_path, 1, []) as pool:
+        assert ask(None) == Finished(None)
+        (worker,) = multiprocessing.active_children()
+        resource.prlimit(worker.pid, resource.RLIMIT_FSIZE, (100, resource.RLIM_INFINITY))
+        message = ask(study().cells()[0])
+    assert isinstance(message, Crashed)
+    assert message.fatal
+    assert message.error == "[Errno 27] File too large"
+
+
+def test_a_recipe_that_fails_at_start_leaves_nothing_behind(tmp_path):
+    broken = study(settings={**SMALL, "model.config.n_heads": 3})
+    with pytest.raises(StudyError, match=r"recipe tiny/prose fails at start: .*n_heads"):
+        run(broken, folder=tmp_path, workers=1)
+    with opened(None, tmp_path / "tiny") as (backend, _):
+        assert not exists(study(), backend)
+
+
+STUDY_FILE = """
+recipe: tiny/prose
+steps: 60
+arms: [adamw, msign]
+factors: {lr: [3e-3, 1e-2, 3e-2], period: [5]}
+seeds: [0, 1]
+settings:
+"""
+
+
+@pytest.fixture(scope="module")
+def file(tmp_path_factory):
+    """A study of twelve cells, each of about a second."""
+    path = tmp_path_factory.mktemp("studies") / "kill.yaml"
+    path.write_text(STUDY_FILE + "".join(f"  {name}: {value}\n" for name, value in SMALL.items()))
+    return path
+
+
+STARTED = []
+
+
+def start(*arguments):
+    """A parent process, as at a terminal of its own, whose beats and patience with others are short."""
+    script = (
+        "import sys; from ablations import ledger; ledger.BEAT, ledger.GRACE = 0.5, 5.0;"
+        "from ablations.__main__ import main; sys.exit(main(sys.argv[1:]))"
+    )
+    command = [sys.executable, "-c", script, *map(str, arguments)]
+    environment = {**os.environ, "JSONARGPARSE_DEPRECATION_WARNINGS": "off"}
+    pipe = subprocess.PIPE
+    parent = subprocess.Popen(
+        command, cwd=ROOT, env=environment, text=True, stdout=pipe, stderr=pipe, start_new_session=True
+    )
+    STARTED.append(parent)
+    return parent
+
+
+@pytest.fixture(autouse=True)
+def _no_process_stays():
+    yield
+    while STARTED:
+        with STARTED.pop() as parent:
+            parent.kill()
+
+
+def finish(parent, status=0):
+    """What a parent has written, once it has ended with this exit status."""
+    out, errors = parent.communicate(timeout=PATIENCE)
+    assert parent.returncode == status, errors
+    return out, errors
+
+
+def wait_until(condition):
+    deadline = time.monotonic() + PATIENCE
+    while not condition():
+        assert time.monotonic() < deadline
+        time.sleep(0.05)
+
+
+def workers_of(parent):
+    children = Path(f"/proc/{parent.pid}/task/{parent.pid}/children").read_text().split()
+    return [int(pid) for pid in children if b"spawn_main" in Path(f"/proc/{pid}/cmdline").read_bytes()]
+
+
+def is_alive(pid):
+    status = Path(f"/proc/{pid}/status")
+    try:
+        return "State:\tZ" not in status.read_text()
+    except FileNotFoundError:
+        return False
+
+
+def count_done(file, **where):
+    try:
+        return len(results(load(file), **where))
+    except (StorageError, StudyError):  # not begun yet
+        return 0
+
+
+def measured(runs):
+    """What runs gave, but for their speed."""
+    return {run.cell.key: run.outcome._replace(seconds=0.0, tokens_per_second=0.0) for run in runs}
+
+
+@pytest.fixture(scope="module")
+def undisturbed(file, tmp_path_factory):
+    """What the cells of the study give."""
+    folder = tmp_path_factory.mktemp("undisturbed")
+    out, errors = finish(start("run", file, "--folder", folder, "--workers", 2))
+    assert out == f"12 cells done, 0 failed; logs in {folder / 'kill'}\n"
+    assert errors.count("validation loss") == 12
+    runs = results(load(file), folder=folder)
+    assert {run.cell for run in runs} == set(load(file).cells())
+    return measured(runs)
+
+
+def test_killed_workers_and_parents_lose_and_double_nothing(file, tmp_path, undisturbed):
+    moment = random.Random(0)
+    where = ("--folder", tmp_path, "--workers", 2)
+
+    parent = start("run", file, *where)
+    wait_until(lambda: workers_of(parent))
+    time.sleep(moment.uniform(0, 2))
+    os.killpg(parent.pid, signal.SIGINT)  # as Ctrl-C does, while the workers start
+    out, errors = finish(parent, 130)
+    assert out == ""
+    assert errors == (
+        f"interrupted; what is finished is kept; go on with: python -m ablations resume {file}, and the same options\n"
+    )
+
+    parent = start("run", file, *where)
+    wait_until(lambda: count_done(file, folder=tmp_path) >= 1)
+    time.sleep(moment.uniform(0, 0.5))
+    os.kill(moment.choice(workers_of(parent)), signal.SIGKILL)
+    wait_until(lambda: count_done(file, folder=tmp_path) >= 3)
+    os.killpg(parent.pid, signal.SIGINT)
+    _, errors = finish(parent, 130)
+    assert "was killed by SIGKILL" in errors
+    assert "Traceback" not in errors
+    with reading(None, tmp_path / "kill") as backend:
+        assert not trials_of(load(file), backend, TrialState.RUNNING)
+
+    parent = start("resume", file, *where)
+    before = count_done(file, folder=tmp_path)
+    wait_until(lambda: count_done(file, folder=tmp_path) > before)
+    time.sleep(moment.uniform(0, 0.5))
+    workers = workers_of(parent)
+    parent.kill()
+    finish(parent, -signal.SIGKILL)
+    wait_until(lambda: not any(map(is_alive, workers)))
+    assert len(workers) == 2
+    assert count_done(file, folder=tmp_path) < 12
+
+    finish(start("resume", file, *where))
+    assert measured(results(load(file), folder=tmp_path)) == undisturbed
+    with reading(None, tmp_path / "kill") as backend:
+        assert_each_cell_once(load(file), backend)
+
+
+def test_the_other_parent_takes_over_from_a_killed_one(file, tmp_path, database, undisturbed):
+    where = ("--folder", tmp_path, "--storage", database, "--workers", 1)
+    killed, other = start("run", file, *where), start("run", file, *where)
+
+    def have_both_begun():
+        with reading(database, tmp_path) as backend:
+            return (
+                len({trial.user_attrs["parent"] for trial in trials_of(load(file), backend, TrialState.COMPLETE)}) == 2
+            )
+
+    wait_until(lambda: count_done(file, storage=database) >= 2 and have_both_begun())
+    killed.kill()
+    finish(killed, -signal.SIGKILL)
+    assert count_done(file, storage=database) < 12
+    out, _ = finish(other)
+    assert out.startswith("12 cells done, 0 failed")
+    assert measured(results(load(file), storage=database)) == undisturbed
+    with reading(database, tmp_path) as backend:
+        assert_each_cell_once(load(file), backend)
+
+
+def test_workers_stop_what_is_pruned(tmp_path):
+    search = study(steps=60, factors={"period": [5]}, sampler=Tpe(1e-3, 10, trials=9), prune=True)
+    assert run(search, folder=tmp_path, workers=1) == (9, [])
+    with reading(None, tmp_path / "tiny") as backend:
+        states = {trial.state: trial for trial in trials_of(search, backend)}
+    assert set(states) == {TrialState.COMPLETE, TrialState.PRUNED}
+    assert max(states[TrialState.COMPLETE].intermediate_values) == 60
+    assert max(states[TrialState.PRUNED].intermediate_values) < 60
+
+
+def test_a_cell_that_can_not_be_trained_is_tried_thrice_and_the_others_go_on(file, tmp_path):
+    cells = study(arms=["adamw"], factors={"lr": [0.003]}, seeds=[0, 1, 2])
+    bad = cells.cells()[0]
+    (tmp_path / "tiny").mkdir()
+    (tmp_path / "tiny" / bad.folder).touch()  # in the way of its logs
+    summary = run(cells, folder=tmp_path, workers=2)
+    assert summary == (2, [bad.label])
+    assert {run.cell for run in results(cells, folder=tmp_path)} == set(cells.cells()[1:])

@@ -1,0 +1,454 @@
+"""FrontierSampler: studies with a known boundary, through Optuna itself."""
+
+import itertools
+import math
+import random
+import subprocess
+import sys
+from pathlib import Path
+
+import optuna
+import pytest
+from hypothesis import example, given, settings
+from hypothesis import strategies as st
+from optuna.storages import JournalStorage
+from optuna.storages.journal import JournalFileBackend
+from optuna.trial import TrialState
+
+from ablations.sampler import FrontierSampler, Interval, Probe, SearchedCell, bracket, next_probes
+
+LOW, HIGH, RUNS = 1e-3, 1.0, 6
+DECADES = Interval(LOW, HIGH, runs=RUNS)
+
+
+@pytest.fixture(autouse=True)
+def _quiet():
+    optuna.logging.set_verbosity(optuna.logging.ERROR)
+
+
+def search(cell, stable, neighbours=()):
+    """Probes a cell, one run at a time, until nothing is left."""
+    while (proposal := next_probes([cell, *neighbours])[0]) is not None:
+        assert not proposal.speculative
+        cell = cell._replace(probes=(*cell.probes, Probe(proposal.value, stable(proposal.value))))
+    return cell
+
+
+def log_bracket(probes):
+    return bracket((math.log10(probe.value), probe.stable) for probe in probes)
+
+
+def is_resolved(probes, interval=DECADES):
+    low, high = bracket((interval.units(probe.value), probe.stable) for probe in probes)
+    return high - low <= 1.0001 or low >= interval.width - 1e-6 or high <= 1e-6
+
+
+@given(
+    theta=st.floats(-3.3, 0.3),
+    guess=st.none() | st.floats(-3.2, 0.2),
+    extra=st.lists(st.floats(-3.0, 0.0), max_size=2),
+)
+@example(theta=-0.05, guess=None, extra=[])
+@settings(deadline=None, derandomize=True)
+def test_six_runs_find_what_a_grid_of_thirty_one_finds(theta, guess, extra):
+    def stable(value):
+        return math.log10(value) < theta
+
+    neighbours = []
+    if guess is not None:
+        known = search(SearchedCell({"seed": 1}, DECADES), lambda value: math.log10(value) < guess)
+        neighbours = [known]
+    probes = search(SearchedCell({"seed": 0}, DECADES), stable, neighbours).probes
+    assert len(probes) <= RUNS
+    assert is_resolved(probes)
+    low, high = log_bracket(probes)
+    assert low <= theta <= high
+
+    grid = [10 ** (-3 + i / 10) for i in range(31)]
+    grid_low, grid_high = log_bracket(Probe(value, stable(value)) for value in grid)
+    assert max(low, grid_low) <= min(high, grid_high), "the brackets overlap"
+
+    # Runs from elsewhere only help, as long as as many are left as without them.
+    more = tuple(Probe(10**x, stable(10**x)) for x in extra)
+    interval = DECADES._replace(runs=RUNS + len(more))
+    assert is_resolved(search(SearchedCell({"seed": 0}, interval, more), stable, neighbours).probes)
+
+
+@given(theta=st.floats(-1.0, 5.0), runs=st.integers(3, 8), log=st.booleans())
+@settings(deadline=None, derandomize=True)
+def test_runs_suffice_for_an_interval_of_two_to_their_power_less_two_resolutions(theta, runs, log):
+    interval = Interval(1.0, 1000.0, log=log, runs=runs)
+    interval = interval._replace(resolution=(3 if log else 999) / (2**runs - 2))
+    probes = search(SearchedCell({}, interval), lambda value: interval.units(value) < theta * 2**runs / 4).probes
+    assert len(probes) <= runs
+    assert is_resolved(probes, interval)
+    assert all(1 <= probe.value <= 1000 for probe in probes)
+
+
+@given(st.lists(st.tuples(st.integers(0, 9), st.booleans()), max_size=12))
+@settings(deadline=None, derandomize=True)
+def test_bracket_is_the_hull_of_the_steps_that_contradict_the_fewest_runs(probes):
+    def contradicted(step):
+        return sum(stable != (value < step) for value, stable in probes)
+
+    steps = [i - 0.5 for i in range(11)]
+    fewest = min(map(contradicted, steps))
+    best = [step for step in steps if contradicted(step) == fewest]
+    low, high = bracket(probes)
+    assert (max(low, -0.5), min(high, 9.5)) == (
+        max([v for v, _ in probes if v < best[0]], default=-0.5),
+        min([v for v, _ in probes if v > best[-1]], default=9.5),
+    )
+
+
+def test_a_cell_starts_at_the_boundary_of_its_other_seed_then_of_a_group_with_one_other_factor():
+    def resolved(value, **params):
+        return SearchedCell(params, DECADES, (Probe(value / 1.1, True), Probe(value * 1.1, False)))
+
+    new = SearchedCell({"arm": "msign", "period": 10, "seed": 0}, DECADES)
+    far = resolved(0.2, arm="adamw", qk_norm=True, seed=0)._replace(params={"arm": "x", "period": 5, "seed": 0})
+    near = [resolved(0.002, arm="msign", period=100, seed=5), resolved(0.004, arm="adamw", seed=5)]
+    seeds = [resolved(value, arm="msign", period=10, seed=seed) for seed, value in enumerate([0.02, 0.03, 0.3], 1)]
+
+    def start(*cells):
+        return next_probes([new, *cells])[0].value
+
+    assert start(far) == pytest.approx(math.sqrt(LOW * HIGH))
+    assert start(far, *near) == pytest.approx(math.sqrt(0.002 * 0.004))
+    assert start(far, *near, *seeds) == pytest.approx(0.03)
+
+
+def test_a_good_guess_saves_runs_and_a_bad_one_costs_none_of_the_resolution():
+    rng = random.Random(0)
+    counts = []
+    for _ in range(100):
+        theta = rng.uniform(-2.8, -0.2)
+        first = search(SearchedCell({"seed": 0}, DECADES), lambda v, t=theta: math.log10(v) < t)
+        other = theta + rng.gauss(0, 0.05)
+        second = search(SearchedCell({"seed": 1}, DECADES), lambda v, t=other: math.log10(v) < t, [first])
+        assert is_resolved(second.probes)
+        counts.append((len(first.probes), len(second.probes)))
+    assert {first for first, _ in counts} == {RUNS}
+    assert sum(second for _, second in counts) < 470  # checks away from the boundary included
+
+
+def test_what_is_stable_beyond_an_unstable_island_is_noticed():
+    def stable(value):
+        return not 0.02 < value < 0.05 and value < 0.7
+
+    probes = search(SearchedCell({}, DECADES), stable).probes
+    lowest_unstable = min(probe.value for probe in probes if not probe.stable)
+    assert any(probe.stable and probe.value > lowest_unstable for probe in probes)
+
+
+# Through Optuna
+
+
+THETA = {(period, seed): -1.7 + 0.5 * (period == 10) + 0.07 * seed for period in (10, 100) for seed in range(3)}
+
+
+def excess(trial):
+    """Suggests a cell and a learning rate, and says by how much that is above the boundary."""
+    period = trial.suggest_categorical("period", [10, 100])
+    seed = trial.suggest_int("seed", 0, 2)
+    return math.log10(trial.suggest_float("lr", LOW, HIGH, log=True)) - THETA[period, seed]
+
+
+def run(trial):
+    trial.set_constraint("unstable", excess(trial))
+    return 0.0
+
+
+def probes_of(study, names=("period", "seed")):
+    cells = {}
+    for trial in study.get_trials(states=(TrialState.COMPLETE,)):
+        probe = Probe(trial.params["lr"], all(value <= 0 for value in trial.constraints.values()))
+        cells.setdefault(tuple(trial.params.get(name) for name in names), []).append(probe)
+    return cells
+
+
+def check(study):
+    cells = probes_of(study)
+    assert cells.keys() == THETA.keys()
+    for key, probes in cells.items():
+        assert len(probes) <= RUNS
+        assert is_resolved(probes)
+        low, high = log_bracket(probes)
+        assert low <= THETA[key] <= high
+    return cells
+
+
+def test_a_study_resolves_all_cells_and_stops():
+    study = optuna.create_study(sampler=FrontierSampler("lr", seed=0))
+    study.optimize(run)
+    cells = check(study)
+    assert sum(map(len, cells.values())) < 5 * len(cells), "the boundary of neighbours helps"
+    assert study.sampler.is_exhausted(study)
+    assert not study.sampler.must_wait(study)
+    order = [(trial.params["period"], trial.params["seed"]) for trial in study.trials]
+    assert [key for key, _ in itertools.groupby(order)] == list(cells), "what has begun is finished first"
+
+
+def test_it_goes_on_from_the_trials_alone(tmp_path):
+    backend = JournalStorage(JournalFileBackend(str(tmp_path / "journal.log")))
+    optuna.create_study(study_name="s", storage=backend)
+    for _ in range(100):
+        again = JournalStorage(JournalFileBackend(str(tmp_path / "journal.log")))
+        study = optuna.load_study(study_name="s", storage=again, sampler=FrontierSampler("lr"))
+        if study.sampler.is_exhausted(study):
+            break
+        killed = study.ask()
+        killed.suggest_categorical("period", [10, 100])
+        study.optimize(run, n_trials=1)
+        study.tell(killed.number, state=TrialState.FAIL)
+    check(study)
+
+
+@pytest.mark.parametrize("workers", [2, 4])
+def test_workers_take_other_cells_and_keep_to_the_runs(workers):
+    rng = random.Random(workers)
+    study = optuna.create_study(sampler=FrontierSampler("lr", seed=0))
+    running = {}
+    waited = 0
+    while True:
+        while len(running) < workers and not study.sampler.is_exhausted(study):
+            if study.sampler.must_wait(study):
+                assert running
+                waited += 1
+                break
+            trial = study.ask()
+            value = excess(trial)
+            cell = (trial.params["period"], trial.params["seed"])
+            if len(study.trials) <= workers:
+                assert cell not in [(t.params["period"], t.params["seed"]) for t, _ in running.values()]
+            running[trial.number] = (trial, value)
+        if not running:
+            break
+        trial, value = running.pop(rng.choice(list(running)))
+        trial.set_constraint("unstable", value)
+        study.tell(trial, 0.0)
+    check(study)
+    assert waited or workers == 2, "at the end there are more workers than cells"
+
+
+def test_a_second_worker_on_a_single_cell_helps_whatever_the_first_finds():
+    for first in (True, False):
+        study = optuna.create_study(sampler=FrontierSampler("lr"))
+        trials = [study.ask() for _ in range(2)]
+        a, b = (trial.suggest_float("lr", LOW, HIGH, log=True) for trial in trials)
+        assert a < b
+        theta = -0.9 if first else -2.1
+        for trial, lr in zip(trials, (a, b), strict=True):
+            trial.set_constraint("unstable", math.log10(lr) - theta)
+            study.tell(trial, lr)
+
+        def objective(trial, theta=theta):
+            lr = trial.suggest_float("lr", LOW, HIGH, log=True)
+            trial.set_constraint("unstable", math.log10(lr) - theta)
+            return lr
+
+        study.optimize(objective)
+        (probes,) = probes_of(study, ()).values()
+        assert len(probes) <= RUNS
+        assert is_resolved(probes)
+
+
+def test_a_probe_that_may_be_worthless_is_called_speculative():
+    running = SearchedCell({}, DECADES, (Probe(0.01, True), Probe(0.5, False), Probe(0.1, None)))
+    for runs, speculative in ((RUNS, True), (RUNS + 1, False)):
+        (proposal,) = next_probes([running._replace(interval=DECADES._replace(runs=runs))])
+        assert proposal.speculative == speculative
+        assert 0.01 < proposal.value < 0.1
+
+
+def test_processes_share_a_study(tmp_path):
+    storage = f"JournalStorage(JournalFileBackend({str(tmp_path / 'journal.log')!r}))"
+    program = f"""
+import optuna
+from optuna.storages import JournalStorage
+from optuna.storages.journal import JournalFileBackend
+from ablations.sampler import FrontierSampler
+from tests.test_ablations_sampler import run
+optuna.create_study(study_name="s", storage={storage}, load_if_exists=True, sampler=FrontierSampler("lr")).optimize(run)
+"""
+    root = Path(__file__).parent.parent
+    processes = [subprocess.Popen([sys.executable, "-c", program], cwd=root) for _ in range(2)]
+    assert [process.wait() for process in processes] == [0, 0]
+    backend = JournalStorage(JournalFileBackend(str(tmp_path / "journal.log")))
+    cells = probes_of(optuna.load_study(study_name="s", storage=backend))
+    assert cells.keys() == THETA.keys()
+    for key, probes in cells.items():  # some may have been chosen by both at the same moment
+        low, high = log_bracket(probes)
+        assert low <= THETA[key] <= high
+        assert high - low < 1
+
+
+def test_a_failed_trial_is_asked_for_again_and_does_not_count():
+    study = optuna.create_study(sampler=FrontierSampler("lr", seed=0))
+
+    def objective(trial):
+        value = run(trial)
+        if trial.number % 3 == 0:
+            raise RuntimeError
+        return value
+
+    study.optimize(objective, catch=RuntimeError)
+    check(study)
+    trials = study.trials
+    failed = [trial.number for trial in trials if trial.state == TrialState.FAIL]
+    assert len(failed) > len(trials) / 4
+    begun = [n for n in failed if n and trials[n - 1].params["seed"] == trials[n + 1].params["seed"]]
+    assert begun
+    for n in begun:
+        assert trials[n].params == trials[n + 1].params
+
+
+def test_enqueued_trials_are_respected_and_count():
+    study = optuna.create_study(sampler=FrontierSampler("lr", seed=0))
+    study.enqueue_trial({"period": 100, "seed": 1, "lr": 0.017})
+    study.enqueue_trial({"seed": 2})
+    study.enqueue_trial({"seed": 2})
+    study.optimize(run, n_trials=3)
+    first, *others = (trial.params for trial in study.trials)
+    assert first == {"period": 100, "seed": 1, "lr": 0.017}
+    assert [params["seed"] for params in others] == [2, 2]
+    assert len({params["period"] for params in others}) == 1, "the one that has begun is finished first"
+    study.optimize(run)
+    check(study)
+
+    study.enqueue_trial({"period": 10, "seed": 0, "lr": 0.5})
+    assert not study.sampler.is_exhausted(study)
+    study.optimize(run)
+    assert study.trials[-1].params == {"period": 10, "seed": 0, "lr": 0.5}
+
+
+def test_parameters_may_depend_on_others_and_settings_be_ruled_out():
+    def objective(trial):
+        arm = trial.suggest_categorical("arm", ["adamw", "msign", "muon"])
+        if arm == "msign":
+            trial.suggest_float("keep", 0.1, 0.7, step=0.2)
+        seed = trial.suggest_categorical("seed", [0, 1])
+        if arm == "muon" and seed == 1:
+            raise optuna.TrialPruned
+        low, high = (0.1, 10.0) if arm == "muon" else (LOW, HIGH)
+        lr = trial.suggest_float("lr", low, high, log=True)
+        assert low <= lr <= high
+        trial.set_constraint("unstable", lr - 0.4)
+        return lr
+
+    study = optuna.create_study(sampler=FrontierSampler("lr", seed=0))
+    study.optimize(objective)
+    cells = probes_of(study, ("arm", "keep", "seed"))
+    expected = {("adamw", None, 0), ("adamw", None, 1), ("muon", None, 0)}
+    expected |= {("msign", keep, seed) for keep in (0.1, 0.3, 0.5, 0.7) for seed in (0, 1)}
+    assert cells.keys() == expected
+    for probes in cells.values():
+        assert len(probes) <= RUNS
+        low, high = log_bracket(probes)
+        assert low <= math.log10(0.4) <= high
+        assert high - low < 0.1001
+    assert [trial.params for trial in study.trials if trial.state == TrialState.PRUNED] == [{"arm": "muon", "seed": 1}]
+
+
+@pytest.mark.parametrize("limit, end", [(100.0, HIGH), (1e-9, LOW)])
+def test_stable_or_unstable_everywhere_is_known_from_the_end(limit, end):
+    def objective(trial):
+        seed = trial.suggest_int("seed", 0, 1)
+        lr = trial.suggest_float("lr", LOW, HIGH, log=True)
+        trial.set_constraint("unstable", lr - limit)
+        return seed
+
+    study = optuna.create_study(sampler=FrontierSampler("lr", seed=0))
+    study.optimize(objective)
+    first, second = probes_of(study, ("seed",)).values()
+    assert end in [probe.value for probe in first]
+    assert len(first) <= RUNS
+    assert second[0].value == end
+    assert len(second) < len(first)
+
+
+def test_a_linear_scale_is_bisected_in_its_own_units():
+    def objective(trial):
+        x = trial.suggest_float("x", -2.0, 3.0)
+        trial.set_constraint("unstable", x - 0.77)
+        return x
+
+    study = optuna.create_study(sampler=FrontierSampler("x", 0.125))
+    study.optimize(objective)
+    low, high = bracket((trial.params["x"], trial.constraints["unstable"] <= 0) for trial in study.trials)
+    assert low <= 0.77 <= high
+    assert high - low <= 0.125
+    assert len(study.trials) <= RUNS
+
+
+def test_asked_for_more_than_is_left_it_adds_probes_where_there_are_none():
+    def ask_and_tell(study):
+        trial = study.ask()
+        lr = trial.suggest_float("lr", LOW, HIGH, log=True)
+        trial.set_constraint("unstable", lr - 0.02)
+        study.tell(trial, lr)
+        return lr
+
+    study = optuna.create_study(sampler=FrontierSampler("lr"))
+    while not study.sampler.is_exhausted(study):
+        ask_and_tell(study)
+    assert len(study.trials) <= RUNS
+    for _ in range(4):
+        before = [math.log10(trial.params["lr"]) for trial in study.trials]
+        added = math.log10(ask_and_tell(study))
+        assert min(abs(added - x) for x in before) > 0.1
+
+
+def objective_with(suggest):
+    def objective(trial):
+        suggest(trial)
+        trial.set_constraint("unstable", 1.0)
+        return 0.0
+
+    return objective
+
+
+@pytest.mark.parametrize(
+    "suggest, message",
+    [
+        (lambda t: t.suggest_int("lr", 1, 100), "lr must be suggested as a float without step, got Int"),
+        (lambda t: t.suggest_float("lr", 0, 1, step=0.1), "lr must be suggested as a float without step, got Float"),
+        (
+            lambda t: t.suggest_float("lr", 0.1, 0.12, log=True),
+            "resolution must not exceed the interval of lr, got 0.1",
+        ),
+        (lambda t: t.suggest_float("beta", 0, 1), "beta must have finitely many values, got FloatDistribution"),
+        (
+            lambda t: (t.suggest_float("lr", LOW, HIGH, log=True), t.suggest_int("seed", 0, 2)),
+            "lr must be suggested after all other parameters, got seed after it",
+        ),
+    ],
+)
+def test_search_spaces_that_it_cannot_search(suggest, message):
+    study = optuna.create_study(sampler=FrontierSampler("lr"))
+    with pytest.raises(ValueError, match=message):
+        study.optimize(objective_with(suggest))
+
+
+def test_a_trial_that_does_not_say_whether_it_is_stable_is_an_error():
+    study = optuna.create_study(sampler=FrontierSampler("lr"))
+    with pytest.raises(ValueError, match="trials must say by set_constraint whether they are stable, got none in 0"):
+        study.optimize(lambda trial: trial.suggest_float("lr", LOW, HIGH, log=True))
+    assert not study.sampler.is_exhausted(study)
+    with pytest.raises(ValueError, match="got none in 1"):
+        study.optimize(lambda trial: trial.suggest_float("lr", LOW, HIGH, log=True))
+    a, b = (trial.params["lr"] for trial in study.trials)
+    assert a == b, "such a trial does not count"
+
+
+@pytest.mark.parametrize(
+    "settings, message",
+    [
+        ({"resolution": 0.0}, "resolution must be positive and finite, got 0.0"),
+        ({"runs": 0}, "runs must be at least 1, got 0"),
+        ({"replicate": "lr"}, "replicate must be another parameter than param, got 'lr' for both"),
+    ],
+)
+def test_settings_out_of_range(settings, message):
+    with pytest.raises(ValueError, match=message):
+        FrontierSampler("lr", **settings)

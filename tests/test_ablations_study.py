@@ -1,0 +1,345 @@
+"""Study files: what they hold, what is refused, and the identity of cells and studies."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+import ablations.study
+from ablations.methods import ARMS
+from ablations.study import (
+    Bisect,
+    Cell,
+    Criterion,
+    Grid,
+    Group,
+    Outcome,
+    Study,
+    StudyError,
+    Tpe,
+    Variant,
+    changes,
+    load,
+)
+
+SHIPPED = sorted(file.stem for file in (Path(ablations.study.__file__).parent / "studies").glob("*.yaml"))
+SOUND = """\
+recipe: tiny/prose
+steps: 300
+arms:
+  - adamw
+  - msign
+  - {name: narrow, base: msign, settings: {model.config.width: 16}}
+factors:
+  lr: [3e-3, 0.03]
+  period: [5, 20]
+  model.config.n_layers: [2, 4]
+seeds: [0, 1]
+settings:
+  model.optimizer.betas: [0.9, 0.95]
+  data.batch_size: 8
+stability:
+  max_loss: 2.5
+sampler: grid
+"""
+
+
+def make(**changed):
+    given = {"arms": ["adamw", "msign"], "factors": {"lr": [0.01]}, "seeds": [0], "steps": 300, **changed}
+    return Study(name="s", recipe="tiny/prose", **given)
+
+
+@pytest.fixture
+def write(tmp_path):
+    def write(text):
+        file = tmp_path / "mine.yaml"
+        file.write_text(text)
+        return file
+
+    return write
+
+
+class TestStudyFiles:
+    def test_everything_is_read_with_its_type(self, write):
+        study = load(write(SOUND))
+        assert study == Study(
+            name="mine",
+            recipe="tiny/prose",
+            steps=300,
+            arms=("adamw", "msign", "narrow"),
+            factors={"lr": (0.003, 0.03), "period": (5, 20), "model.config.n_layers": (2, 4)},
+            seeds=(0, 1),
+            settings={"model.optimizer.betas": (0.9, 0.95), "data.batch_size": 8},
+            criterion=Criterion(max_loss=2.5),
+            sampler=Grid(),
+            variants={"narrow": Variant("msign", {"model.config.width": 16})},
+        )
+
+    def test_samplers(self, write):
+        text = SOUND.replace("  lr: [3e-3, 0.03]\n", "")
+        bisect = load(write(text.replace("grid", "{name: bisect, low: 1e-3, high: 1, runs: 4}"))).sampler
+        assert bisect == Bisect(low=0.001, high=1.0, resolution=0.1, runs=4)
+        assert isinstance(bisect.runs, int)
+        study = load(write(text.replace("grid", "{name: tpe, low: 1e-3, high: 1, trials: 9}\nprune: true")))
+        assert study.sampler == Tpe(low=0.001, high=1.0, trials=9, seed=0)
+        assert study.prune
+
+    @pytest.mark.parametrize("name", SHIPPED)
+    def test_shipped_studies_are_found_by_name(self, name):
+        study = load(name)
+        assert study.name == name
+        assert study.criterion.max_loss is not None, "a bound is to be fixed before the study is run"
+        assert study.sampler != Grid() or study.cells()
+
+    @pytest.mark.parametrize(
+        ("old", "new", "line", "message"),
+        [
+            ("seeds: [0, 1]", "seeds: []", 11, "seeds must hold at least one seed, got []"),
+            ("seeds: [0, 1]", "seeds: [0, true]", 11, "seeds[1] must be a whole number, got True"),
+            ("seeds: [0, 1]", "seeds: [0, 0]", 11, "seeds must not hold 0 twice"),
+            ("seeds: [0, 1]", "seeds: [-1]", 11, "seeds must be between 0 and 2³² - 1, got -1"),
+            ("seeds: [0, 1]", "seeds: 3", 11, "seeds must be a list, got 3"),
+            ("seeds: [0, 1]\n", "", 1, "seeds is missing"),
+            ("seeds: [0, 1]", "seed: [0, 1]", 11, "unknown key 'seed', did you mean seeds?"),
+            ("seeds: [0, 1]", "seeds: [0]\nseeds: [1]", 12, "seeds is there twice, first in line 11"),
+            ("steps: 300", "steps: 3e2", 2, "steps must be a whole number, got 300.0"),
+            ("steps: 300", "steps: 5", 2, "steps must be at least 20, got 5"),
+            ("recipe: tiny/prose", "recipe: tiny/poetry", 1, "recipe must be the name of a recipe or a file"),
+            ("  - msign\n", "  - msing\n", 5, "unknown arm 'msing', did you mean msign"),
+            ("  - msign\n", "  - adamw\n", 5, "arms must not hold adamw twice"),
+            ("base: msign", "base: mzign", 6, "unknown arm 'mzign', did you mean"),
+            ("name: narrow", "name: cap", 6, "the name of a variant must not be that of an arm, got 'cap'"),
+            ("name: narrow, ", "", 6, "name is missing"),
+            ("[3e-3, 0.03]", "[0.03, 0]", 8, "lr must be positive and finite, got 0"),
+            ("[3e-3, 0.03]", "[.inf]", 8, "lr must be positive and finite, got inf"),
+            ("[3e-3, 0.03]", "[fast]", 8, "factors.lr[0] must be a number, got 'fast'"),
+            ("  lr: [3e-3, 0.03]\n", "", 7, "factors must hold lr for a grid"),
+            ("  period: [5, 20]", "  perod: [5, 20]", 9, "unknown factor 'perod', did you mean period?"),
+            ("  period: [5, 20]", "  period: []", 9, "period must hold at least one value, got []"),
+            ("  period: [5, 20]", "  period: [5, 2.5]", 9, "period must be a positive integer, got 2.5"),
+            ("  period: [5, 20]", "  period:\n  - 5\n  - 200", 11, "steps must be enough for msign to restore once"),
+            ("  period: [5, 20]", "  msign.period: [5]", 9, "msign.period must be written period"),
+            (
+                "  model.config.n_layers",
+                "  data.seed",
+                10,
+                "data.seed must not be a factor or a setting: seeds sets it",
+            ),
+            ("  data.batch_size: 8", "  period: 5", 9, "period must be a factor or a setting, not both"),
+            (
+                "  data.batch_size: 8",
+                "  data.batch_size: null",
+                14,
+                "settings.data.batch_size must be a string, a number",
+            ),
+            (
+                "  data.batch_size: 8",
+                "  use_msign: true",
+                14,
+                "use_msign must not be a factor or a setting: the arm sets",
+            ),
+            ("  data.batch_size: 8", "  lr: 0.1", 14, "lr must be a factor, not a setting"),
+            ("{model.config.width: 16}", "{lr: 0.1}", 6, "lr must be a factor, not a setting"),
+            ("  max_loss: 2.5", "  max_loss: 0", 16, "max_loss must be positive and finite, got 0"),
+            ("  max_loss: 2.5", "  bound: 2.5", 16, "unknown key 'bound'; known: max_loss, delta"),
+            ("sampler: grid", "sampler: grit", 17, "sampler must be one of grid, bisect, tpe, got 'grit'"),
+            ("sampler: grid", "sampler: {name: bisect, low: 1}", 17, "high is missing"),
+            ("sampler: grid", "sampler: {name: bisect, low: 1, high: 2}", 8, "lr must not be a factor with bisect"),
+            ("sampler: grid", "sampler: {name: grid, low: 1}", 17, "unknown key 'low'; known: name"),
+            ("sampler: grid", "prune: true", 17, "prune must be false with grid"),
+            ("sampler: grid", "prune: maybe", 17, "prune must be true or false, got 'maybe'"),
+            ("seeds: [0, 1]", "seeds: [0, 1", 12, "expected ',' or ']'"),
+        ],
+    )
+    def test_errors_name_file_line_and_rule(self, write, old, new, line, message):
+        assert SOUND.count(old) == 1
+        file = write(SOUND.replace(old, new))
+        with pytest.raises(StudyError) as error:
+            load(file)
+        assert str(error.value).startswith(f"{file}:{line}: ")
+        assert message in str(error.value)
+
+    @pytest.mark.parametrize(
+        ("sampler", "message"),
+        [
+            (Bisect(1.0, 0.1), "low and high must be positive and finite, low below high, got 1.0 and 0.1"),
+            (Bisect(0.1, 1.0, resolution=0), "resolution must be positive, got 0"),
+            (Bisect(0.1, 1.0, runs=0), "runs must be at least 1, got 0"),
+            (Tpe(0.1, 1.0, trials=0), "trials must be at least 1, got 0"),
+        ],
+    )
+    def test_samplers_out_of_range(self, sampler, message):
+        with pytest.raises(StudyError, match=message):
+            make(factors={}, sampler=sampler)
+
+    def test_pruning_only_with_tpe(self):
+        with pytest.raises(StudyError, match="prune must be false with bisect"):
+            make(factors={}, sampler=Bisect(0.1, 1.0), prune=True)
+
+    def test_a_factor_that_changes_no_arm_is_refused(self):
+        with pytest.raises(StudyError, match=r"the factor period concerns none of the arms \['adamw'\]"):
+            make(arms=["adamw"], factors={"lr": [0.1], "period": [5]})
+
+    def test_the_period_of_a_variant_is_its_own(self):
+        variants = {"short": Variant("msign_first_quarter", {"period": 5})}
+        study = make(arms=["short", "msign"], variants=variants, factors={"lr": [0.1], "period": [100]})
+        assert [group.label for group in study.groups()] == ["short", "msign (period=100)"]
+
+    def test_an_arm_that_would_never_restore_is_refused(self):
+        make(arms=["msign_first_quarter"], factors={"lr": [0.1], "period": [75]})
+        with pytest.raises(
+            StudyError, match=r"msign_first_quarter to restore once .* within 0\.25 of the run, got 300"
+        ):
+            make(arms=["msign_first_quarter"], factors={"lr": [0.1], "period": [76]})
+
+    @pytest.mark.parametrize("text", ["", "[1, 2]", "quick"])
+    def test_files_without_a_mapping(self, write, text):
+        with pytest.raises(StudyError, match=r"mine\.yaml:1: a study must be a mapping"):
+            load(write(text))
+
+    def test_files_that_are_not_there_or_no_text(self, tmp_path):
+        with pytest.raises(StudyError, match="no study file 'quik', did you mean quick"):
+            load("quik")
+        (tmp_path / "noise.yaml").write_bytes(b"\xff\xfe\x00\x9f")
+        with pytest.raises(StudyError, match=r"noise\.yaml can't be read"):
+            load(tmp_path / "noise.yaml")
+
+    def test_reading_needs_neither_torch_nor_lightning(self):
+        program = (
+            "import sys, ablations.study as s; s.load('quick').cells(); print({'torch', 'lightning'} & {*sys.modules})"
+        )
+        result = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True)
+        assert result.stdout.strip() == "set()"
+
+
+class TestCells:
+    def test_arms_are_crossed_only_with_what_concerns_them(self):
+        study = make(
+            arms=["adamw", "msign", "msign_attention", "cap", "qk_norm"],
+            factors={"lr": [0.1, 0.2], "period": [5, 20], "targets": ["mlp", "all_2d"], "model.config.qk_norm": [True]},
+            seeds=[3, 1],
+        )
+        qk = ("model.config.qk_norm", True)
+        per_arm = {arm: [g.factors for g in study.groups() if g.arm == arm] for arm in study.arms}
+        assert per_arm["adamw"] == [(qk,)]
+        assert per_arm["qk_norm"] == [()]
+        assert per_arm["msign_attention"] == [(qk, ("period", 5)), (qk, ("period", 20))]
+        for arm in ("msign", "cap"):
+            assert per_arm[arm] == [(qk, ("period", p), ("targets", t)) for p in (5, 20) for t in ("mlp", "all_2d")]
+        cells = study.cells()
+        assert len(cells) == len(set(cells)) == len({cell.key for cell in cells}) == 2 * 2 * len(study.groups())
+        assert [cell.seed for cell in cells] == [3] * 24 + [1] * 24, "a study that is cut off has whole seeds"
+        assert {cell.group for cell in cells} == set(study.groups())
+
+    def test_cells_of_a_search_are_not_known_beforehand(self):
+        with pytest.raises(ValueError, match="sampler must be grid"):
+            make(factors={}, sampler=Bisect(0.1, 1.0)).cells()
+
+    def test_a_variant_is_its_base_with_further_settings(self):
+        variants = {"wide": Variant("cap", {"targets": "mlp", "model.config.width": 64})}
+        factors = {"lr": [0.1], "targets": ["mlp"], "period": [5]}
+        study = make(arms=["wide", "cap"], variants=variants, factors=factors)
+        wide = study.arm("wide")
+        assert wide.settings == {"msign.rule": "cap", "msign.targets": "mlp", "model.config.width": 64}
+        assert (wide.until, wide.callbacks) == (ARMS["cap"].until, ARMS["cap"].callbacks)
+        assert [g.label for g in study.groups()] == ["wide (period=5)", "cap (period=5, targets=mlp)"]
+
+    def test_the_key_is_that_of_earlier_versions(self):
+        cell = Group("msign", (("period", 20), ("targets", ("*q*", "*k*")))).cell(0.03, seed=1)
+        assert cell.key == "bb79ff227b5576a7"
+        assert cell.folder == f"msign_period=20_targets=_q_k_lr=0.03_seed=1_{cell.key[:6]}"
+        others = [cell._replace(seed=2), cell._replace(arm="cap"), cell.group.cell(0.031, 1)]
+        assert len({c.key for c in [cell, *others]}) == 4
+        flags = [Cell("a", (("lr", 0.1), ("x", value)), 0).key for value in (1, True, 1.5, "1")]
+        assert len(set(flags)) == 4
+
+    scalars = st.one_of(st.booleans(), st.integers(), st.floats(allow_nan=False, allow_infinity=False), st.text())
+    values = st.one_of(scalars, st.lists(scalars, max_size=3).map(tuple))
+
+    @given(
+        factors=st.dictionaries(st.text(), values, max_size=4), lr=st.floats(1e-9, 1e9), seed=st.integers(0, 2**32 - 1)
+    )
+    def test_cells_go_to_json_and_back(self, factors, lr, seed):
+        factors.pop("lr", None)
+        cell = Group("msign", tuple(sorted(factors.items(), key=lambda f: f[0]))).cell(lr, seed)
+        again = Cell.from_dict(json.loads(json.dumps(cell.as_dict())))
+        assert again == cell
+        assert (again.key, again.lr, again.group) == (cell.key, lr, cell.group)
+        assert "/" not in cell.folder
+        assert len(cell.folder.encode()) < 256
+
+
+class TestIdentityOfStudies:
+    def test_the_same_study_has_no_changes_through_json(self, write):
+        study = load(write(SOUND))
+        stored = json.loads(json.dumps(study.fingerprint()))
+        assert changes(stored, load(write("# a comment\n" + SOUND)).fingerprint()) == []
+
+    @pytest.mark.parametrize(
+        ("old", "new", "change"),
+        [
+            ("steps: 300", "steps: 400", "steps: 300 → 400"),
+            ("[3e-3, 0.03]", "[3e-3]", "factors.lr: [0.003, 0.03] → [0.003]"),
+            ("seeds: [0, 1]", "seeds: [0, 1, 2]", "seeds: [0, 1] → [0, 1, 2]"),
+            ("max_loss: 2.5", "delta: 0.2", "stability.delta: 0.5 → 0.2"),
+            ("  data.batch_size: 8\n", "", "settings.data.batch_size: 8 → nothing"),
+            ("width: 16", "width: 8", "variants.narrow.settings.model.config.width: 16 → 8"),
+        ],
+    )
+    def test_changes_say_what_changed(self, write, old, new, change):
+        before = load(write(SOUND)).fingerprint()
+        assert change in changes(before, load(write(SOUND.replace(old, new))).fingerprint())
+
+    def test_a_changed_recipe_is_a_change(self, write, tmp_path):
+        recipe = tmp_path / "recipe.yaml"
+        recipe.write_text("model: {optimizer: {init_args: {lr: 0.01}}}")
+        study = load(write(SOUND.replace("tiny/prose", str(recipe))))
+        before = study.fingerprint()
+        recipe.write_text("model: {optimizer: {init_args: {lr: 0.02}}}  # faster")
+        assert changes(before, study.fingerprint()) == ["recipe.settings.model.optimizer.init_args.lr: 0.01 → 0.02"]
+
+
+class TestCriterion:
+    GOOD = Outcome(
+        val_loss=2.4,
+        initial_loss=5.5,
+        best_loss=2.4,
+        final_loss=2.5,
+        diverged_at=None,
+        collapsed_at=None,
+        spikes=3,
+        max_grad_norm=1.0,
+        stable_rank=4.0,
+        steps=1000,
+        tokens_per_second=1e4,
+        seconds=1.0,
+        curve=((1, 5.5), (1000, 2.5)),
+    )
+
+    @pytest.mark.parametrize(
+        ("criterion", "changed", "stable"),
+        [
+            (Criterion(), {}, True),
+            (Criterion(), {"diverged_at": 7, "val_loss": None, "final_loss": None}, False),
+            (Criterion(max_loss=2.4), {}, True),
+            (Criterion(max_loss=2.39), {}, False),
+            (Criterion(delta=0.5), {"final_loss": 2.9}, True),
+            (Criterion(delta=0.5), {"final_loss": 2.91}, False),
+            (Criterion(delta=9.0), {"final_loss": 5.5}, True),
+            (Criterion(delta=9.0), {"final_loss": 5.51}, False),
+            (Criterion(spikes_per_10k=30), {}, True),
+            (Criterion(spikes_per_10k=29), {}, False),
+            (Criterion(spikes_per_10k=0), {"spikes": 0}, True),
+        ],
+    )
+    def test_is_stable(self, criterion, changed, stable):
+        assert criterion.is_stable(self.GOOD._replace(**changed)) is stable
+
+    def test_outcomes_go_to_json_and_back(self):
+        diverged = self.GOOD._replace(val_loss=None, diverged_at=3, stable_rank=None)
+        for outcome in (self.GOOD, diverged):
+            assert Outcome.from_dict(json.loads(json.dumps(outcome.as_dict()))) == outcome
