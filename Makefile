@@ -4,6 +4,9 @@ VENV ?= .venv
 VENV_NEWEST ?= .venv-newest
 TORCH_NEWEST ?= 2.13.0
 BIN := $(VENV)/bin
+# A process per core, up to four, with one thread each.
+PYTEST_ENV := OMP_NUM_THREADS=1
+PYTEST_OPTIONS := --numprocesses auto --maxprocesses 4 --dist loadfile
 
 .PHONY: help demo test test-newest check bench gpu wheel clean
 
@@ -12,8 +15,8 @@ help:
 	@echo "make test         all tests"
 	@echo "make test-newest  the tests that need no Composer, with torch $(TORCH_NEWEST)"
 	@echo "make check        ruff and mypy"
-	@echo "make bench        the cost of one application, on CPU and, where there is one, on a GPU"
-	@echo "make gpu          GPU tests and benchmark with the current '$(PYTHON)', nothing installed"
+	@echo "make bench        the cost of one application and of monitoring, and what a second worker brings"
+	@echo "make gpu          GPU tests and benchmarks with the current '$(PYTHON)', nothing installed"
 	@echo "make wheel        build the wheel into dist/"
 
 $(VENV)/.installed: pyproject.toml
@@ -31,10 +34,10 @@ demo: $(VENV)/.installed
 	$(BIN)/python -m recipes.demo
 
 test: $(VENV)/.installed
-	$(BIN)/python -m pytest
+	$(PYTEST_ENV) $(BIN)/python -m pytest $(PYTEST_OPTIONS)
 
 test-newest: $(VENV_NEWEST)/.installed
-	$(VENV_NEWEST)/bin/python -m pytest -m "not composer"
+	$(PYTEST_ENV) $(VENV_NEWEST)/bin/python -m pytest $(PYTEST_OPTIONS) -m "not composer"
 
 check: $(VENV)/.installed
 	$(BIN)/ruff check
@@ -43,10 +46,13 @@ check: $(VENV)/.installed
 
 bench: $(VENV)/.installed
 	$(BIN)/python -m benchmarks.application
+	$(BIN)/python -m benchmarks.monitoring
+	$(BIN)/python -m benchmarks.workers
 
 gpu:
-	$(PYTHON) -m pytest -m gpu tests/test_linalg_cuda.py tests/test_restoration_cuda.py
+	$(PYTHON) -m pytest -m gpu tests/test_linalg_cuda.py tests/test_restoration_cuda.py tests/test_monitor_cuda.py
 	$(PYTHON) -m benchmarks.application
+	$(PYTHON) -m benchmarks.monitoring
 
 wheel: $(VENV)/.installed
 	$(BIN)/python -m build --wheel

@@ -13,7 +13,7 @@ import optuna
 
 from ablations.runner import FOLDER, results, run
 from ablations.storage import StorageError
-from ablations.study import StudyError, load
+from ablations.study import Study, StudyError, load
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -23,34 +23,39 @@ def main(arguments: Sequence[str] | None = None) -> int:
     optuna.logging.set_verbosity(optuna.logging.WARNING)
     try:
         study = load(options.study)
-        place = options.folder / study.name
         if options.command == "report":
-            from ablations.views import report  # needs matplotlib
-
-            for file in report(study, results(study, storage=options.storage, folder=options.folder), place):
+            for file in _report(study, options):
                 print(file)
             return 0
         if options.command == "resume":
             results(study, storage=options.storage, folder=options.folder)  # raises if it has not been started
         summary = run(study, storage=options.storage, workers=options.workers, folder=options.folder)
+        print(f"{summary.done} cells done, {len(summary.failed)} failed; logs in {options.folder / study.name}")
+        for label in summary.failed:
+            print(f"failed: {label}", file=sys.stderr)
+        if results(study, storage=options.storage, folder=options.folder):
+            print(f"report: {_report(study, options)[0]}")
     except (StudyError, StorageError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
-        again = f"python -m ablations resume {shlex.quote(options.study)}"
+        again = f"python -m ablations {options.command} {shlex.quote(options.study)}"
         print(f"interrupted; what is finished is kept; go on with: {again}, and the same options", file=sys.stderr)
         return 130
-    print(f"{summary.done} cells done, {len(summary.failed)} failed; logs in {place}")
-    for label in summary.failed:
-        print(f"failed: {label}", file=sys.stderr)
     return 1 if summary.failed else 0
+
+
+def _report(study: Study, options: argparse.Namespace) -> list[Path]:
+    from ablations.views import report  # which imports Matplotlib
+
+    return report(study, results(study, storage=options.storage, folder=options.folder), options.folder / study.name)
 
 
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="python -m ablations", description="Ablation studies: from file to frontier.")
     commands = parser.add_subparsers(dest="command", required=True)
     for name, text in {
-        "run": "train the cells that are not done yet",
+        "run": "train the cells that are not done yet, then report",
         "resume": "the same, for a study that has been started",
         "report": "figures, tables and a web page of what is done",
     }.items():

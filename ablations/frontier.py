@@ -69,7 +69,7 @@ class Boundary(NamedTuple):
         lr_sensitivity: Mean over seeds of E min(ℓ(η), ℓ₀) - ℓ*, with ℓ the validation loss, ℓ₀ the initial one and ℓ*
             the best (arXiv 2309.14322). A grid's learning rates η weigh the same; others by the part of the logarithmic
             scale that is nearest to them. Compare it only where the same learning rates were tried. None if each seed
-            was tried at one alone.
+            was tried at one alone, or a seed diverged at all.
     """
 
     group: Group
@@ -130,7 +130,7 @@ def _boundary(group: Group, runs: Sequence[Run]) -> Boundary:
         n_runs=len(runs),
         best_loss=fmean(_clipped_loss(run.outcome) for run in best),
         best_lr=median_low(best_lrs) if best_lrs else None,
-        lr_sensitivity=fmean(sensitivities) if sensitivities else None,
+        lr_sensitivity=fmean(sensitivities) if sensitivities and len(best_lrs) == len(seeds) else None,
     )
 
 

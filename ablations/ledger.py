@@ -208,8 +208,13 @@ class Ledger:
         return self._storage.get_trials(deepcopy=False, states=states or None)
 
     def _fail(self, number: int) -> None:
+        """Ends a trial that is not finished, or, if its outcome is known and its end alone was missed, finishes it."""
+        trial = self._trials()[number]
+        value, state = None, TrialState.FAIL
+        if trial.constraints:  # written down last
+            value, state = _value(Outcome.from_dict(trial.user_attrs["outcome"])), TrialState.COMPLETE
         with suppress(UpdateFinishedTrialError):  # by another parent, at the same moment
-            self._storage.tell(number, state=TrialState.FAIL, skip_if_finished=True)
+            self._storage.tell(number, value, state=state, skip_if_finished=True)
 
     def _may_live(self, trial: FrozenTrial, beats: Mapping[str, Any]) -> bool:
         """Whether the parent of a running trial may be alive. One that has not said yet who it is has one beat."""

@@ -66,7 +66,7 @@ def _triggered(msign: MSignSettings) -> list[pl.Callback]:
 
 
 def _zclip(msign: MSignSettings) -> list[pl.Callback]:
-    from ablations.callbacks import ZClip
+    from ablations.zclip import ZClip
 
     return [ZClip()]
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import re
 from collections.abc import Iterable, Mapping, Sequence
 from difflib import get_close_matches
@@ -79,7 +80,10 @@ class Node(NamedTuple):
         """A number; true and false are none."""
         if not isinstance(self.value, (int, float)) or isinstance(self.value, bool):
             raise self.error("must be a number")
-        return float(self.value)
+        try:
+            return float(self.value)
+        except OverflowError:
+            return math.inf  # which no rule of a study lets pass
 
     def boolean(self) -> bool:
         """True or false."""
@@ -91,7 +95,7 @@ class Node(NamedTuple):
         """A string, number, true or false, or a list of them."""
         if isinstance(self.value, list):
             return tuple(cast(Any, node.setting()) for node in self.sequence())
-        if not isinstance(self.value, (str, int, float)):
+        if not isinstance(self.value, (str, int, float)) or self.value != self.value:
             raise self.error("must be a string, a number, true or false, or a list of them")
         return self.value
 
@@ -115,20 +119,23 @@ def read(file: Path) -> Node:
     """The whole of a YAML file.
 
     Raises:
-        StudyError: It can't be read, or a key is there twice.
+        StudyError: It can't be read, is no YAML, or a key is there twice.
     """
+    lines: dict[Where, int] = {(): 1}
+    source = Source(str(file), lines)
     try:
         loader = _Loader(file.read_text(encoding="utf-8"))
         root = loader.get_single_node()
+        return Node(None if root is None else _construct(loader, root, (), source, lines), (), source)
     except (OSError, UnicodeDecodeError) as error:
         raise StudyError(f"{file} can't be read: {error}") from error
     except yaml.YAMLError as error:
         mark = getattr(error, "problem_mark", None)
         line = 1 if mark is None else mark.line + 1
-        raise StudyError(f"{file}:{line}: {getattr(error, 'problem', None) or error}") from error
-    lines: dict[Where, int] = {(): 1}
-    source = Source(str(file), lines)
-    return Node(None if root is None else _construct(loader, root, (), source, lines), (), source)
+        problem = getattr(error, "problem", None) or " ".join(str(error).split())
+        raise StudyError(f"{file}:{line}: {problem}") from error
+    except RecursionError as error:
+        raise StudyError(f"{file}: parts must not hold themselves or be nested a thousand deep") from error
 
 
 def _construct(loader: _Loader, node: yaml.Node, where: Where, source: Source, lines: dict[Where, int]) -> Any:
@@ -138,7 +145,10 @@ def _construct(loader: _Loader, node: yaml.Node, where: Where, source: Source, l
             lines[(*where, i)] = item.start_mark.line + 1
         return [_construct(loader, item, (*where, i), source, lines) for i, item in enumerate(node.value)]
     if not isinstance(node, yaml.MappingNode):
-        return loader.construct_object(node)
+        try:
+            return loader.construct_object(node)
+        except ValueError as error:  # a date in the thirteenth month, or a number of thousands of digits
+            raise StudyError(f"{source.file}:{node.start_mark.line + 1}: {error}") from error
     values: dict[str, Any] = {}
     for key_node, item in node.value:
         key = str(key_node.value)

@@ -273,8 +273,9 @@ class FrontierSampler(BaseSampler):
 
     The state is in the trials alone, so that a study can be resumed, and shared by processes, which may now and then
     choose the same probe if they ask at the same moment. Workers beyond the number of unfinished cells speculate, which
-    can cost their last cells some resolution. Failed trials don't count. Running ones do: those of a dead process
-    should be told to have failed. Enqueued values are respected and count as probes.
+    can cost their last cells some resolution. Failed trials count if they have said whether they are feasible, as one
+    does that diverged and returns NaN, which Optuna takes for a failure; others are asked for again. Running ones
+    count: those of a dead process should be told to have failed. Enqueued values are respected and count as probes.
 
     With `study.ask`, check `is_exhausted` and `must_wait` before. Asked nevertheless, the sampler adds probes where it
     knows least.
@@ -374,7 +375,7 @@ class FrontierSampler(BaseSampler):
         if state != TrialState.FAIL and self._param in trial.params and not trial.constraints:
             raise ValueError(f"trials must say by set_constraint whether they are stable, got none in {trial.number}")
         paths = [path for path in self._paths(study) if path.number != trial.number]
-        if state != TrialState.FAIL:
+        if state != TrialState.FAIL or trial.constraints:
             paths.append(self._path(trial)._replace(is_running=False))
         if self._is_exhausted(study, paths):
             with suppress(RuntimeError):  # ask and tell, which has no loop to stop
@@ -397,9 +398,10 @@ class FrontierSampler(BaseSampler):
         return not study.get_trials(deepcopy=False, states=(TrialState.WAITING,))
 
     def _paths(self, study: Study) -> list[_Path]:
-        """Of all trials but failed and waiting ones, and finished ones that don't say whether they are stable."""
-        states = (TrialState.COMPLETE, TrialState.PRUNED, TrialState.RUNNING)
-        paths = [self._path(trial) for trial in study.get_trials(deepcopy=False, states=states)]
+        """Of all trials but waiting ones, and finished ones that don't say whether they are stable."""
+        trials = study.get_trials(deepcopy=False)
+        counted = [t for t in trials if t.state != TrialState.WAITING and (t.state != TrialState.FAIL or t.constraints)]
+        paths = [self._path(trial) for trial in counted]
         return [p for p in paths if p.is_running or p.probe is None or p.probe.stable is not None]
 
     def _path(self, trial: FrozenTrial) -> _Path:

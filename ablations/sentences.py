@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from statistics import fmean
 
-from ablations.frontier import Boundary, PairedDifference, Run
+from ablations.frontier import LEVEL, Boundary, PairedDifference, Run
 from ablations.study import Grid, Study
 from ablations.tables import Best, Result, best, bound, interval, missing, overheads, pairs, results, show_loss
 
@@ -24,11 +24,10 @@ def summarize(study: Study, runs: Sequence[Run], baseline: str, boundaries: Sequ
     """
     found = results(runs, baseline)
     grid = isinstance(study.sampler, Grid)  # else few learning rates were tried by several arms, and none on purpose
-    ranking = best(found, shared=grid)
     return [
         *_counts(study, runs),
         _criterion(study),
-        *_ranking(ranking, baseline, restores=lambda arm: study.arm(arm).until is not None),
+        *_ranking(study, found, baseline),
         *(_differences(found, baseline, len({run.cell.seed for run in runs})) if grid else []),
         *_frontier(boundaries, baseline),
         *_throughput(runs),
@@ -54,10 +53,11 @@ def _counts(study: Study, runs: Sequence[Run]) -> list[str]:
 def _criterion(study: Study) -> str:
     criterion = study.criterion
     rules = [
-        f"its last smoothed training loss is at most {criterion.delta:g} above its lowest, and not above its first"
+        f"its last smoothed training loss is at most {criterion.delta:g} nats per token above its lowest, and not "
+        "above its first"
     ]
     if criterion.max_loss is not None:
-        rules.append(f"its validation loss is at most {criterion.max_loss:g}")
+        rules.append(f"its validation loss is at most {criterion.max_loss:g} nats per token")
     if criterion.spikes_per_10k is not None:
         rules.append(
             f"its loss rises {criterion.spike:g} above the running median at most {criterion.spikes_per_10k:g} times "
@@ -69,8 +69,9 @@ def _criterion(study: Study) -> str:
     )
 
 
-def _ranking(ranking: Sequence[Best], baseline: str, *, restores: Callable[[str], bool]) -> list[str]:
+def _ranking(study: Study, found: Sequence[Result], baseline: str) -> list[str]:
     """Who is first, where the baseline is, and what beats MSign."""
+    ranking = best(found, study.sampler)
     if len(ranking) < 2:
         return []
     places = [f"{ranking[0].group.label} ends lowest{_with(ranking[0])}"]
@@ -78,17 +79,21 @@ def _ranking(ranking: Sequence[Best], baseline: str, *, restores: Callable[[str]
         if b.group.arm == baseline:
             places.append(f"{b.group.label} is number {number}{_with(b)}")
     sentences = [
-        f"Of the {len(ranking)} compared, each at the learning rate that is best for it on these seeds, "
-        f"{'; '.join(places)}."
+        f"Of the {len(ranking)} compared, each at the learning rate that is best for it on these seeds"
+        f"{'' if isinstance(study.sampler, Grid) else ', of those that the sampler chose for it'}, {'; '.join(places)}."
     ]
-    ours = next((b for b in ranking if restores(b.group.arm)), None)
-    others = [b for b in ranking if not restores(b.group.arm)]
-    if ours is None or not others:
+    compared = {b.group for b in ranking}
+    if absent := dict.fromkeys(r.group.label for r in found if r.group not in compared):
+        sentences.append(f"Not compared, since a seed has no finite result: {', '.join(absent)}.")
+    ours = [b for b in ranking if study.arm(b.group.arm).until is not None]
+    others = [b for b in ranking if b not in ours]
+    if not ours or not others:
         return sentences
-    lower = ", ".join(_gap(b, ours) for b in others if b.mean < ours.mean)
+    first = ours[0].group.label + (f" (the best of {len(ours)} with it)" if len(ours) > 1 else "")
+    lower = ", ".join(_gap(b, ours[0]) for b in others if b.mean < ours[0].mean)
     if lower:
-        return [*sentences, f"Without MSign, these end lower than its best, {ours.group.label}: {lower}."]
-    return [*sentences, f"Nothing without MSign ends lower than {ours.group.label}; next is {_gap(others[0], ours)}."]
+        return [*sentences, f"Without MSign, these have a lower mean than its best, {first}: {lower}."]
+    return [*sentences, f"Nothing without MSign has a lower mean than {first}; next is {_gap(others[0], ours[0])}."]
 
 
 def _with(b: Best) -> str:
@@ -125,6 +130,12 @@ def _differences(found: Sequence[Result], baseline: str, seeds: int) -> list[str
         told = "; ".join(f"{verdict}: {', '.join(names)}" for verdict, names in verdicts.items() if names)
         if told:
             sentences.append(f"Against {baseline}, at a learning rate of {lr:.3g}, {told}.")
+    if sentences and seeds > 1:
+        sentences.append(
+            f"In parentheses after differences: {LEVEL:.0%} intervals over paired seeds, each for itself. By chance "
+            f"alone, one of two equal arms is better on every one of {seeds} seeds with probability "
+            f"{2 ** (1 - seeds):.2g}."
+        )
     return sentences
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import fcntl
+import json
 import os
 import time
 from collections.abc import Iterator
@@ -139,5 +140,11 @@ def _mend(journal: Path) -> None:
     content = journal.read_bytes()
     if not (content.startswith(_JOURNAL_BEGINS) or _JOURNAL_BEGINS.startswith(content)):
         raise StorageError(f"storage {journal} is no journal of Optuna")
-    os.truncate(journal, content.rfind(b"\n") + 1)
+    end = content.rfind(b"\n") + 1
+    try:
+        for line in content[:end].splitlines()[-1:]:  # Optuna would forgive it, and write on
+            json.loads(line)
+    except ValueError as error:
+        raise StorageError(f"storage {journal} is damaged at its end: {error}") from error
+    os.truncate(journal, end)
     journal.with_name(f"{journal.name}.lock").unlink(missing_ok=True)

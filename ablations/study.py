@@ -209,6 +209,8 @@ class Study:
                 raise self.error(f"unknown arm {name!r}{near(name, ARMS)}", "arms", i)
         for name, variant in self.variants.items():
             where = ("arms", list(self.arms).index(name)) if name in self.arms else ("arms",)
+            if not name.isprintable() or not name.strip():
+                raise self.error(f"the name of a variant must be printable and not empty, got {name!r}", *where)
             if name in ARMS:
                 raise self.error(f"the name of a variant must not be that of an arm, got {name!r}", *where)
             if variant.base not in ARMS:
@@ -276,17 +278,21 @@ class Study:
             value = getattr(sampler, name, least)
             if value < least:
                 raise self.error(f"{name} must be at least {least}, got {value}", "sampler", name)
-        if isinstance(sampler, Bisect) and not 0 < sampler.resolution < math.inf:
-            raise self.error(f"resolution must be positive, got {sampler.resolution}", "sampler", "resolution")
+        if isinstance(sampler, Bisect) and not 0 < sampler.resolution <= math.log10(sampler.high / sampler.low):
+            rule = "resolution must be positive and at most the decades from low to high"
+            raise self.error(f"{rule}, got {sampler.resolution}", "sampler", "resolution")
+        if isinstance(sampler, Tpe) and sampler.seed >= 2**31:
+            raise self.error(f"seed must be below 2³¹, got {sampler.seed}", "sampler", "seed")
 
     def _check_unique(self, what: str, item: str, values: Sequence[Value], *where: str | int) -> None:
         if not values:
             raise self.error(f"{what} must hold at least one {item}, got []", *where)
-        seen: set[tuple[type, Value]] = set()
+        seen: set[Value] = set()
         for i, value in enumerate(values):
-            if (type(value), value) in seen:
+            same = show(value) if isinstance(value, tuple) else value
+            if same in seen:
                 raise self.error(f"{what} must not hold {show(value)} twice", *where, i)
-            seen.add((type(value), value))
+            seen.add(same)
 
     def _check_name(self, name: str, *where: str | int) -> None:
         setting = setting_of(name)

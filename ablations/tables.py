@@ -15,7 +15,7 @@ from typing import Any, NamedTuple
 
 from ablations.cell import Group, show
 from ablations.frontier import LEVEL, Boundary, Overhead, PairedDifference, Run, fit_overhead, paired_differences
-from ablations.study import Bisect, Grid, Study, Tpe
+from ablations.study import Bisect, Grid, Sampler, Study, Tpe
 
 MISSING = "–"
 
@@ -108,25 +108,30 @@ class Best(NamedTuple):
         return fmean(self.losses.values())
 
 
-def best(found: Iterable[Result], *, shared: bool) -> list[Best]:
+def best(found: Sequence[Result], sampler: Sampler) -> list[Best]:
     """The lowest loss of each group, lowest first.
+
+    With a grid, a group has one learning rate for all seeds, else each seed its own. Groups without a finite loss for
+    each of the study's seeds are left out: means over different seeds can't be compared. With a search, which gives
+    each group other seeds, they are left out if a seed of their own has none.
 
     Args:
         found: Of all groups.
-        shared: Whether to take one learning rate for all seeds of a group, as fits a grid, or each seed's own, as fits
-            a bisection or a search. Groups that diverged for a seed at every such learning rate are left out.
+        sampler: The study's.
     """
+    every = {seed for result in found for seed in result.runs}
     by_group: dict[Group, list[Result]] = {}
     for result in found:
         by_group.setdefault(result.group, []).append(result)
     out = []
     for group, members in by_group.items():
-        seeds = sorted({seed for result in members for seed in result.runs})
+        own = {seed for result in members for seed in result.runs}
+        seeds = sorted(own if isinstance(sampler, Tpe) else every)
         finite = [
             (r.lr, {s: v for s, run in r.runs.items() if (v := run.outcome.val_loss) is not None}) for r in members
         ]
         candidates = [Best(group, lr, losses) for lr, losses in finite if losses.keys() == set(seeds)]
-        if not shared and {seed for _, losses in finite for seed in losses} == set(seeds):
+        if not isinstance(sampler, Grid) and {seed for _, losses in finite for seed in losses} == set(seeds):
             lowest = {seed: min(losses[seed] for _, losses in finite if seed in losses) for seed in seeds}
             candidates = [Best(group, None, lowest)]
         if candidates:
@@ -237,7 +242,7 @@ def frontier_table(boundaries: Sequence[Boundary]) -> Table:
                 "one seed's bracket" if boundary.n_seeds == 1 else f"{boundary.confidence:.3g}",
                 str(boundary.n_seeds),
                 str(boundary.n_runs),
-                show_loss(boundary.best_loss),
+                show_loss(None if boundary.best_lr is None else boundary.best_loss),
                 _number(boundary.best_lr, ".3g"),
                 _number(boundary.lr_sensitivity, ".3f"),
                 f"{len(boundary.non_monotone)} of {boundary.n_seeds} seeds" if boundary.non_monotone else "",

@@ -18,6 +18,7 @@ from typing import Any
 import lightning.pytorch as pl
 import numpy as np
 import torch
+from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.loggers import TensorBoardLogger
 from torch import Tensor
 from torch.nn.utils import get_total_norm
@@ -244,12 +245,14 @@ def check(study: Study) -> None:
             with _quiet():
                 recipe = _build(study, group.cell(lr, study.seeds[0]))
             recipe.model.optimizer(recipe.model.parameter_groups())
+            if not recipe.trainer.limit_val_batches:
+                raise ValueError("trainer.limit_val_batches must let a batch be validated, got 0")
             if study.arm(group.arm).until is not None:
                 Restoration(recipe.model, **_msign_settings(study, group.arm, recipe))
             if (data := str(recipe.config.data)) not in checked:
                 recipe.datamodule.setup("fit")
             checked.add(data)
-        except (ValueError, TypeError, ImportError) as error:
+        except (ValueError, TypeError, ImportError, OSError, MisconfigurationException) as error:
             raise study.error(f"{group.label}: {error}", *_place(study, group.arm, str(error))) from error
 
 
@@ -299,7 +302,8 @@ def _build(study: Study, cell: Cell, folder: Path = Path(), callbacks: Sequence[
         usage, _, message = messages.getvalue().rpartition("error: ")
         unknown = re.findall(r"unrecognized arguments: --([\w.]+)", message)
         hint = near(unknown[0], re.findall(r"\[--([\w.]+)", usage)) if unknown else ""
-        raise ValueError(f"the recipe {study.recipe} can't be built: {message.strip()}{hint}") from error
+        told = " ".join(message.split())
+        raise ValueError(f"the recipe {study.recipe} can't be built: {told}{hint}") from error
     sys.stderr.write(messages.getvalue())
     return recipe
 
@@ -312,7 +316,8 @@ def _msign_settings(study: Study, arm: str, recipe: RecipeCLI) -> MSignSettings:
     settings: dict[str, Any] = recipe.config.msign.as_dict()
     stop = last_application(study.steps, settings["period"], until)
     if stop < settings["period"]:
-        raise ValueError(f"msign.period must be at most {stop}, the last step to restore at, got {settings['period']}")
+        period = settings["period"]
+        raise ValueError(f"steps must be enough to restore once before the last period of {period}, got {study.steps}")
     return settings | {"stop": stop}
 
 

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import base64
+import fcntl
 import io
 import platform
 import shutil
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from datetime import datetime, timezone
 from importlib.metadata import version
 from pathlib import Path
@@ -20,7 +22,7 @@ from matplotlib.figure import Figure
 from ablations import board, figures
 from ablations.frontier import Boundary, Run, frontier, survival
 from ablations.sentences import summarize
-from ablations.study import Grid, Study, StudyError, Tpe
+from ablations.study import Study, StudyError, Tpe
 from ablations.tables import (
     Table,
     arms_table,
@@ -71,8 +73,9 @@ def report(study: Study, runs: Sequence[Run], folder: Path) -> list[Path]:
     found = results(runs, baseline)
     drawings = draw(study, runs)
     sentences = summarize(study, runs, baseline, boundaries)
+    ranking = best(found, study.sampler)
     tables = [
-        best_table(best(found, shared=isinstance(study.sampler, Grid)), baseline),
+        *([best_table(ranking, baseline)] if ranking else []),
         *([frontier_table(boundaries)] if boundaries else []),
         results_table(found, baseline),
         arms_table(study),
@@ -87,17 +90,27 @@ def report(study: Study, runs: Sequence[Run], folder: Path) -> list[Path]:
     images = {drawing.name: _image(drawing, "png") for drawing in drawings}
     out = folder / "report"
     try:
-        if out.exists():
-            shutil.rmtree(out)
-        out.mkdir(parents=True)
-        for name, text in texts.items():
-            (out / name).write_text(text, encoding="utf-8")
-        for name, png in images.items():
-            (out / f"{name}.png").write_bytes(png)
-        board.write(runs, images, folder)
+        with _alone(folder):
+            if out.exists():
+                shutil.rmtree(out)
+            out.mkdir()
+            for name, text in texts.items():
+                (out / name).write_text(text, encoding="utf-8")
+            for name, png in images.items():
+                (out / f"{name}.png").write_bytes(png)
+            board.write(runs, images, folder)
     except OSError as error:
         raise StudyError(f"folder must be one that can be written to, got {str(folder)!r}: {error.strerror}") from error
     return [out / name for name in (*texts, *(f"{name}.png" for name in images))]
+
+
+@contextmanager
+def _alone(folder: Path) -> Iterator[None]:
+    """Waits for other processes that write a report to the folder, such as parents that end at the same moment."""
+    folder.mkdir(parents=True, exist_ok=True)
+    with (folder / "report.lock").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        yield
 
 
 def find_baseline(study: Study, runs: Sequence[Run]) -> str:

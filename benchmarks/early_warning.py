@@ -11,7 +11,9 @@ tables. A run counts as lost
 
 The first table takes the alarms of `CollapseDetector` at fixed thresholds. The second asks what a signal could do at
 best: its threshold is the most extreme value in half of the good runs, and false alarms are counted on the other half.
-Leads are in optimizer steps, as median (lowest … highest); a negative one came too late.
+Leads are in optimizer steps, as median (lowest … highest); a negative one came too late. They are left out for what
+warned of more than half of the good runs. No lead here is foresight of an event that comes by itself: these runs are
+lost because of their learning rate, so that itself is among the signals, as what a good one must be better than.
 """
 
 from __future__ import annotations
@@ -39,6 +41,7 @@ from tqdm import tqdm
 
 from msign_lightning import StabilityMonitor, __version__
 from msign_lightning.collapse import CollapseDetector
+from recipes.module import LanguageModel
 from recipes.train import load_recipe
 
 matplotlib.use("Agg")
@@ -62,12 +65,14 @@ class Setting(NamedTuple):
 
 SETTINGS = {
     "good, 3e-3": Setting(3e-3, 1500, 50),
+    "good, 6000 steps": Setting(3e-3, 6000, 50),
     "marginal, 1e-2": Setting(1e-2, 1500, 50),
     "too high, 3e-2": Setting(3e-2, 1500, 50),
     "ramp 0 → 0.3 in 1500": Setting(0.3, 1500, 1500),
     "ramp 0 → 0.3 in 6000": Setting(0.3, 6000, 6000),
 }
-GOOD, MARGINAL, *LOST = SETTINGS
+GOOD, LONG, MARGINAL, *LOST = SETTINGS
+KEPT = (GOOD, LONG, MARGINAL)
 
 OFF: dict[str, Any] = dict.fromkeys(("spike", "z_score", "stall", "stable_rank", "sign_diversity"))
 
@@ -136,8 +141,13 @@ def file_of(name: str, seed: int, folder: Path) -> Path:
 
 
 def load(name: str, seed: int, folder: Path) -> Rows:
-    """Readings of a run, by step."""
-    return {int(step): row for step, row in json.loads(file_of(name, seed, folder).read_text()).items()}
+    """Readings of a run, by step, with the learning rate."""
+    setting = SETTINGS[name]
+    rows = {int(step): row for step, row in json.loads(file_of(name, seed, folder).read_text()).items() if step != "0"}
+    schedule = LanguageModel(warmup_steps=setting.warmup)
+    for step, row in rows.items():
+        row["lr"] = setting.lr * schedule.lr_share(step - 1, setting.steps)
+    return rows
 
 
 def _start_worker() -> None:
@@ -209,6 +219,7 @@ def _highest(name: str) -> Callable[[Mapping[str, float]], float | None]:
 
 
 SIGNALS: dict[str, Callable[[Mapping[str, float]], float | None]] = {
+    "for comparison: the learning rate (rises)": _highest("lr"),
     "stable rank, geometric mean (falls)": _lowest("stable_rank/geometric_mean"),
     "stable rank, lowest (falls)": _lowest("stable_rank/min"),
     "largest spectral norm (rises)": _highest("spectral_norm/max"),
@@ -236,10 +247,11 @@ def summarize(verdicts: list[Verdict]) -> list[str]:
     leads = {name: [v.lost - v.warned for v in _lost(verdicts, name) if v.lost and v.warned] for name in SETTINGS}
     in_time = sum(lead > 0 for values in leads.values() for lead in values)
     cells = [f"{in_time} of {sum(len(_lost(verdicts, name)) for name in SETTINGS)}"]
+    good = [v.warned is not None for v in verdicts if v.setting == GOOD]
+    tells_apart = sum(good) <= len(good) / 2
     for name in LOST:
-        cells.append(
-            f"{statistics.median(leads[name]):.0f} ({min(leads[name])} … {max(leads[name])})" if leads[name] else "–"
-        )
+        values = leads[name] if tells_apart else []
+        cells.append(f"{statistics.median(values):.0f} ({min(values)} … {max(values)})" if values else "–")
     return cells
 
 
@@ -265,8 +277,12 @@ def tabulate(runs: Mapping[tuple[str, int], Rows]) -> str:
         where = f"{statistics.median(known):.0f} ({known[0]} … {known[-1]})" if known else "–"
         lines.append(f"| {name} | {len(steps)} | {len(known)} | {where} |")
 
-    head = ["warned in time", *(f"lead, {name}" for name in LOST), *(f"false alarms, {n}" for n in (GOOD, MARGINAL))]
-    lines += ["", f"| alarm | {' | '.join(head)} | alarms in a run, {GOOD} |", "|---|" + "---|" * (len(head) + 1)]
+    head = ["warned in time", *(f"lead, {name}" for name in LOST), *(f"false alarms, {name}" for name in KEPT)]
+    lines += [
+        "",
+        f"| alarm | {' | '.join(head)} | alarms in a run, {GOOD} | alarms in a run, {LOST[-1]} |",
+        "|---|" + "---|" * (len(head) + 2),
+    ]
     for title, detector in ALARMS.items():
         fresh = detector.state_dict()
         verdicts = []
@@ -274,11 +290,15 @@ def tabulate(runs: Mapping[tuple[str, int], Rows]) -> str:
             detector.load_state_dict(fresh)
             raised = [step for step, kind in alarms(rows, detector) if kind != "non_finite"]
             verdicts.append(Verdict(key[0], raised[0] if raised else None, lost[key], len(raised)))
-        count = statistics.mean(v.alarms for v in verdicts if v.setting == GOOD)
-        cells = [*summarize(verdicts), *(false_alarms(verdicts, name) for name in (GOOD, MARGINAL)), f"{count:.1f}"]
+        counts = [statistics.mean(v.alarms for v in verdicts if v.setting == name) for name in (GOOD, LOST[-1])]
+        cells = [
+            *summarize(verdicts),
+            *(false_alarms(verdicts, name) for name in KEPT),
+            *(f"{count:.1f}" for count in counts),
+        ]
         lines.append(f"| {title} | {' | '.join(cells)} |")
 
-    head[-2] += ", held out"
+    head[-len(KEPT)] += ", held out"
     lines += ["", f"| signal, calibrated | threshold | {' | '.join(head)} |", "|---|---|" + "---|" * len(head)]
     calibration = seeds[: len(seeds) // 2]
     for title, signal in SIGNALS.items():
@@ -295,7 +315,7 @@ def tabulate(runs: Mapping[tuple[str, int], Rows]) -> str:
                 continue
             raised = [step for step, value in values if not value <= threshold]
             verdicts.append(Verdict(key[0], raised[0] if raised else None, lost[key], len(raised)))
-        cells = [*summarize(verdicts), *(false_alarms(verdicts, name) for name in (GOOD, MARGINAL))]
+        cells = [*summarize(verdicts), *(false_alarms(verdicts, name) for name in KEPT)]
         lines.append(f"| {title} | {abs(threshold):.3g} | {' | '.join(cells)} |")
     return "\n".join(lines)
 
@@ -309,7 +329,7 @@ def draw(runs: Mapping[tuple[str, int], Rows], file: Path) -> None:
         "Jacobian alignment\n(geometric mean)": "jacobian_alignment/geometric_mean",
         "Jacobian norm\n(whole stack)": "jacobian_total",
     }
-    figure, axes = plt.subplots(len(panels), len(SETTINGS), figsize=(14, 11), sharex="col", sharey="row")
+    figure, axes = plt.subplots(len(panels), len(SETTINGS), figsize=(16, 11), sharex="col", sharey="row")
     seeds = sorted({seed for name, seed in runs if name == GOOD})
     good = np.mean([smoothed(runs[GOOD, seed]) for seed in seeds], axis=0)
     for column, name in zip(axes.T, SETTINGS, strict=True):
@@ -318,7 +338,7 @@ def draw(runs: Mapping[tuple[str, int], Rows], file: Path) -> None:
         for (key, rows), ax_of in ((item, dict(zip(panels, column, strict=True))) for item in runs.items()):
             if key[0] != name:
                 continue
-            lost = None if name == GOOD else lost_at(rows, good)
+            lost = None if name in (GOOD, LONG) else lost_at(rows, good)
             for title, metric in panels.items():
                 steps = [step for step in sorted(rows) if metric in rows[step]]
                 ax_of[title].plot(steps, [rows[step][metric] for step in steps], color=f"C{key[1]}", lw=0.8)

@@ -24,7 +24,7 @@ from __future__ import annotations
 import math
 from bisect import bisect_left
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass, replace
 from functools import cached_property, partial
 from itertools import chain
@@ -287,12 +287,12 @@ class Alignment:
     @cached_property
     def matrices(self) -> tuple[MatrixAlignment, ...]:
         """The same in floats: one transfer from the device, the first time."""
-        parts = (self.cumulative, self.sums.unsqueeze(1), self.defined.unsqueeze(1))
-        rows = torch.cat([part.double() for part in parts], dim=1).tolist()
-        return tuple(
-            _describe(name, group, counts, total, bool(defined))
-            for name, group, (*counts, total, defined) in zip(self.names, self.groups, rows, strict=True)
-        )
+        # Floats travel by their bits, for not every device has float64.
+        parts = (self.cumulative, self.sums.view(torch.int32).unsqueeze(1), self.defined.unsqueeze(1))
+        rows = torch.cat([part.long() for part in parts], dim=1).cpu()
+        sums = rows[:, -2].int().view(torch.float32)
+        columns = (rows[:, :-2].tolist(), sums.tolist(), rows[:, -1].bool().tolist())
+        return tuple(_describe(*row) for row in zip(self.names, self.groups, *columns, strict=True))
 
     def metrics(self, *, per_matrix: bool = False) -> dict[str, float]:
         """Summaries over the matrices whose v₁ was defined, for any logger, and on request values per matrix.
@@ -395,6 +395,7 @@ class SpectralAlignment:
         ]
         self._armed = ExitStack()
         self._cosines: list[tuple[Sequence[int], Tensor]] = []  # rows of the result and (rows, tokens), not yet counted
+        self._uncounted = 0
         self._counts: dict[int, tuple[Tensor, Tensor]] = {}
         self._defined: Tensor | None = None
 
@@ -423,7 +424,7 @@ class SpectralAlignment:
         self.disarm()
         order = [index_of[target.name] for target in self.targets]
         self._defined = spectrum.has_gap(self.gap)[order]
-        self._cosines, self._counts = [], {}
+        self._cosines, self._uncounted, self._counts = [], 0, {}
         with ExitStack() as stack:
             for layer in self._layers:
                 vectors = torch.stack([spectrum.vectors[order[row]][layer.side] for row in layer.rows])
@@ -442,8 +443,10 @@ class SpectralAlignment:
         is_recomputed = torch._C._current_graph_task_id() != -1  # inside a backward pass
         if not module.training or is_recomputed:
             return
-        self._cosines.append((rows, _cosines(next(chain(args, kwargs.values())), vectors)))
-        if sum(cosines.numel() for _, cosines in self._cosines) > _MAX_COSINES:
+        cosines = _cosines(next(chain(args, kwargs.values())), vectors)
+        self._cosines.append((rows, cosines))
+        self._uncounted += cosines.numel()
+        if self._uncounted > _MAX_COSINES:
             self._count()
 
     def _count(self) -> None:
@@ -451,7 +454,7 @@ class SpectralAlignment:
         alike: dict[object, list[tuple[Sequence[int], Tensor]]] = {}
         for rows, cosines in self._cosines:
             alike.setdefault((cosines.size(1), cosines.dtype, cosines.device), []).append((rows, cosines))
-        self._cosines = []
+        self._cosines, self._uncounted = [], 0
         for group in alike.values():
             cumulative, sums = _cosine_counts(torch.cat([cosines for _, cosines in group]))
             for row, counts, total in zip(
@@ -505,10 +508,13 @@ def _cosines(x: Tensor, vectors_PD: Tensor) -> Tensor:
     """Cosines (P, T) of the T tokens of x (..., D) with P unit vectors; NaN for a token that is zero or not finite."""
     x_TD = gather(x).reshape(-1, x.size(-1))
     x_TD = x_TD.to(torch.promote_types(x_TD.dtype, torch.float32))
-    with torch.autocast(x_TD.device.type, enabled=False):
-        norms_T = torch.linalg.vector_norm(x_TD, dim=-1)
-        # An infinite norm becomes NaN.
-        cosines_PT: Tensor = vectors_PD.to(x_TD) @ x_TD.mT / (norms_T + (norms_T - norms_T))
+    norms_T = torch.linalg.vector_norm(x_TD, dim=-1).nan_to_num_(math.nan, math.nan)  # infinity becomes NaN
+    with (
+        torch.autocast(x_TD.device.type, enabled=False)
+        if torch.is_autocast_enabled(x_TD.device.type)
+        else nullcontext()
+    ):
+        cosines_PT: Tensor = vectors_PD.to(x_TD) @ x_TD.mT / norms_T
     return cosines_PT
 
 

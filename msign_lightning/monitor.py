@@ -13,6 +13,7 @@ from typing import Any, Literal, get_args
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
 
 from msign_lightning.collapse import Alarm, CollapseDetector
 from msign_lightning.diagnostics import Alignment, SpectralAlignment, Spectrum, SpectrumMonitor
@@ -27,7 +28,7 @@ __all__ = ["Monitor", "OnAlarm", "Quantity", "Reading", "check_monitor", "grad_n
 Quantity = Literal["stable_rank", "spectral_alignment", "jacobian_alignment"]
 OnAlarm = Literal["log", "stop", "restore"]
 
-DEFAULT_MEASURE: dict[Quantity, int] = {"stable_rank": 100, "spectral_alignment": 100}
+DEFAULT_MEASURE: dict[Quantity, int] = {"stable_rank": 100, "spectral_alignment": 200}
 JACOBIAN_SEQUENCES = 2
 JACOBIAN_ITERATIONS = 8
 READ_INTERVAL = 10
@@ -57,6 +58,11 @@ class Reading:
     spectrum: Spectrum | None = None
     alignment: Alignment | None = None
     with_histograms: bool = False
+
+    @property
+    def calls_for_action(self) -> bool:
+        """Whether there is an alarm besides spikes and outliers of the loss, which pass by themselves."""
+        return any(alarm.kind not in ("loss_spike", "loss_outlier") for alarm in self.alarms)
 
     def describe(self) -> str:
         """One line for a log: the alarms by kind, with the worst of each, and what was restored."""
@@ -93,14 +99,17 @@ class Monitor:
 
     *Alarms* are those of a `CollapseDetector`. With on_alarm="restore" the matrices whose alarm is on are restored (the
     adaptive schedule which arXiv 2602.01734 leaves to future work): those of "stable_rank" and "sign_diversity" after a
-    measurement; all targets while a loss spikes or stalls. A matrix is not restored again within `cooldown` steps.
+    measurement; all targets while the loss stalls. A matrix is not restored again within `cooldown` steps. Spikes and
+    outliers of the loss, which pass by themselves, are only logged, whatever `on_alarm` is.
 
     Several processes see the mean of what each measures, so that all raise the same alarms; all must call `begin` and
-    `end` at the same steps.
+    `end` at the same steps. Only Jacobians are those of each process's own sequences, and they raise no alarms.
+    Where `torch.distributed` is initialised its whole group must train one model in this way: pipeline stages, or
+    independent runs in one group, are not supported.
 
     Args:
         model: The model. It must be final: cast, wrapped and sharded as it is trained.
-        measure: Quantity → cadence in optimizer steps; None for stable rank and spectral alignment every 100.
+        measure: Quantity → cadence in optimizer steps; None for stable rank every 100, spectral alignment every 200.
         on_alarm: "log"; "stop", which is left to the caller; or "restore".
         targets: "attention", "mlp", "all_2d" (both), or globs over parameter names.
         exclude: Globs over parameter names to leave out.
@@ -153,6 +162,9 @@ class Monitor:
         self._spectrum: Spectrum | None = None
         self._pending: list[Tensor] = []  # loss and gradient norm of the last steps, (2,) each
         self._restored_at: dict[str, int] = {}
+        # Where the processes communicate, even about floats: NCCL knows no tensors on the CPU.
+        devices = (parameter.device for parameter in model.parameters())
+        self._device = next((device for device in devices if device.type != "cpu"), torch.device("cpu"))
 
     def begin(self) -> None:
         """To be called before the forward passes of a step; again before `end` it does nothing."""
@@ -187,7 +199,7 @@ class Monitor:
         self.steps += 1
         self._stride = 1 if self._due is not None else self._stride + 1
         due, self._due = self._due or frozenset(), None
-        self._pending.append(_agreed(loss, grad_norm))
+        self._pending.append(_agreed(loss, grad_norm, self._device))
         if not due and self.steps % READ_INTERVAL:
             return None
         return self._read(due)
@@ -210,9 +222,8 @@ class Monitor:
 
     def _read(self, due: frozenset[Quantity], restore: bool = True) -> Reading:
         self.disarm()
-        device = self._pending[-1].device  # those of a checkpoint are on the CPU
-        losses, norms = torch.stack([pair.to(device) for pair in self._pending]).unbind(1)
-        history = [(_known(loss), _known(norm)) for loss, norm in zip(losses.tolist(), norms.tolist(), strict=True)]
+        pairs = torch.stack([pair.to(self._device) for pair in self._pending])  # those of a checkpoint are on the CPU
+        history = [(_known(loss), _known(norm)) for loss, norm in pairs.tolist()]
         self._pending = []
         metrics: dict[str, float] = {}
         if known := [loss for loss, _ in history if loss is not None]:
@@ -255,7 +266,7 @@ class Monitor:
         """Restores the matrices whose alarm is on and that were seen just now, but for those that cool down."""
         if self._restoration is None or (self.stop is not None and self.steps > self.stop):
             return None
-        kinds = {"loss_spike", "loss_outlier", "stall"}
+        kinds = {"stall"}
         kinds |= {"stable_rank"} if due & {"stable_rank", "spectral_alignment"} else set()
         kinds |= {"sign_diversity"} if "spectral_alignment" in due else set()
         names: set[str] = set()
@@ -348,15 +359,21 @@ def grad_norm(parameters: Iterable[nn.Parameter]) -> Tensor | None:
 
     For sharded gradients it is a collective.
     """
-    gradients = [parameter.grad for parameter in parameters if parameter.grad is not None]
-    return gather(torch.nn.utils.get_total_norm(gradients)) if gradients else None
+    alike: dict[object, list[Tensor]] = {}  # only tensors of one mesh can be stacked
+    for parameter in parameters:
+        if (gradient := parameter.grad) is not None:
+            mesh = gradient.device_mesh if isinstance(gradient, DTensor) else None
+            alike.setdefault(mesh, []).append(gradient)
+    norms = [gather(torch.nn.utils.get_total_norm(gradients)) for gradients in alike.values()]
+    return torch.nn.utils.get_total_norm(norms) if norms else None
 
 
-def _agreed(loss: Tensor | float | None, norm: Tensor | float | None) -> Tensor:
+def _agreed(loss: Tensor | float | None, norm: Tensor | float | None, device: torch.device) -> Tensor:
     """Both in one tensor (2,), averaged over the processes: −∞ for what there is not, which no norm or loss is."""
-    device = next((v.device for v in (loss, norm) if isinstance(v, Tensor)), torch.device("cpu"))
-    values = [torch.as_tensor(-torch.inf if v is None else v).detach().to(device, torch.float32) for v in (loss, norm)]
-    pair = torch.stack([value.reshape(()) for value in values])
+    pair = torch.full((2,), -torch.inf, dtype=torch.float32, device=device)
+    for i, value in enumerate((loss, norm)):
+        if value is not None:  # a float fills its place without waiting for the device, as a copy would
+            pair[i] = gather(value).reshape(()) if isinstance(value, Tensor) else value
     if dist.is_initialized():
         dist.all_reduce(pair)
         pair /= dist.get_world_size()

@@ -154,8 +154,8 @@ class Target:
 
     def matrix(self, full: Tensor) -> Tensor:
         """The piece of `full`, the whole parameter or a copy of it, as (count, m, n); it may share its memory."""
-        m, n = self.shape
-        return self.cut.pieces(full)[self.index].reshape(self.count, m, n)
+        piece = self.cut.pieces(full)[self.index] if self.cut.sizes else full
+        return piece.reshape(self.count, *self.shape)
 
     def write_(self, full: Tensor, matrix: Tensor) -> None:
         """Writes a (count, m, n) matrix into the piece of `full` (a parameter needs `torch.no_grad()`)."""

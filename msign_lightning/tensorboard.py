@@ -45,18 +45,18 @@ def add_layout(writer: SummaryWriter) -> None:
     writer.add_custom_scalars(_LAYOUT)  # type: ignore[no-untyped-call]
 
 
-def add_mark(writer: SummaryWriter, tag: str, step: int) -> None:
-    """Marks a step by a tick from 0 to 1. TensorBoard shows one value a step, so its foot takes the steps beside it."""
-    for at, height in ((step - 1, 0.0), (step, 1.0), (step + 1, 0.0)):
-        writer.add_scalar(tag, height, at)  # type: ignore[no-untyped-call]
+def add_mark(writer: SummaryWriter, tag: str, *steps: int) -> None:
+    """Marks steps by ticks from 0 to 1. TensorBoard shows one value a step, so feet take the steps beside."""
+    heights = {at: 0.0 for step in steps for at in (step - 1, step + 1)} | dict.fromkeys(steps, 1.0)
+    for at in sorted(heights):
+        writer.add_scalar(tag, heights[at], at)  # type: ignore[no-untyped-call]
 
 
 def add_reading(writer: SummaryWriter, reading: Reading) -> None:
     """Writes what a reading holds besides its scalars: marks, the alarms as text, and now and then histograms."""
     if text := reading.describe():
         writer.add_text("alarms", text, reading.step)  # type: ignore[no-untyped-call]
-    for step in dict.fromkeys(alarm.step for alarm in reading.alarms):
-        add_mark(writer, ALARM, step)
+    add_mark(writer, ALARM, *(alarm.step for alarm in reading.alarms))
     if reading.restored is not None:
         add_mark(writer, APPLICATION, reading.step)
     if not reading.with_histograms:

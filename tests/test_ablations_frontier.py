@@ -209,6 +209,12 @@ def test_lr_sensitivity_needs_two_learning_rates():
     assert boundary.lr_sensitivity is None
 
 
+def test_a_seed_that_always_diverged_has_no_lr_sensitivity():
+    (boundary,) = frontier([result(lr, stable=False, val_loss=None) for lr in (0.01, 0.1)])
+    assert boundary.lr_sensitivity is None
+    assert boundary.best_lr is None
+
+
 def test_survival_is_kaplan_meiers():
     """The worked example of textbooks: remission times, some of them censored (Freireich et al., 1963)."""
     collapsed = [6, 6, 6, 7, 10, 13, 16, 22, 23]

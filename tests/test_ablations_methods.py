@@ -11,11 +11,11 @@ import torch
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from ablations import trial
-from ablations.callbacks import ZClip
 from ablations.methods import ARMS, Arm
 from ablations.muon import Muon
 from ablations.study import Bisect, Criterion, Study, StudyError, load
 from ablations.trial import Recorder, check, count_spikes, find_collapse, run_cell, smooth
+from ablations.zclip import ZClip
 from msign_lightning import select_targets, stable_rank
 from recipes.train import load_recipe
 
@@ -228,9 +228,14 @@ class TestChecks:
             ({"settings": {"model.optimizer.bets": (0.9, 0.95)}}, "Option 'bets' is not accepted"),
             ({"settings": {"model.config.width": 33}}, "n_heads must divide width 33, got 2"),
             ({"settings": {"data.source": "no/such/text"}}, "source must be 'prose', 'source'"),
+            ({"settings": {"trainer.limit_val_batches": 0}}, "trainer.limit_val_batches must let a batch be validated"),
+            ({"settings": {"trainer.limit_train_batches": 1.5}}, "invalid value 1.5 for limit_train_batches"),
             ({"factors": {"lr": [0.1], "targets": ["mlp", "*nothing*"]}}, "nothing"),
             ({"factors": {"lr": [0.1], "model.config.n_heads": [2, 3]}}, "n_heads must divide width 32, got 3"),
-            ({"factors": {"lr": [0.1]}, "steps": 30}, "msign.period must be at most 10, .* got 20"),
+            (
+                {"factors": {"lr": [0.1]}, "steps": 30},
+                "steps must be enough to restore once before the last period of 20, got 30",
+            ),
             (
                 {"factors": {}, "sampler": Bisect(1.0, 2.0), "settings": {"trainer.precision": "9-bit"}},
                 "trainer.precision",

@@ -192,6 +192,16 @@ class TestStorage:
             train_all(Ledger(cells, backend, alone=alone))
         assert len(results(cells, storage=str(journal))) == len(cells.cells())
 
+    def test_a_damaged_end_is_not_written_on(self, tmp_path):
+        with opened(None, tmp_path) as (backend, alone):
+            Ledger(study(), backend, alone=alone)
+        journal = tmp_path / JOURNAL
+        damaged = journal.read_bytes() + b'{"op_code":6,"worker_id":"\n'
+        journal.write_bytes(damaged)
+        with pytest.raises(StorageError, match="damaged at its end"), opened(None, tmp_path):
+            pass
+        assert journal.read_bytes() == damaged
+
     def test_a_full_disk_loses_nothing_that_was_finished(self, tmp_path):
         cells, finished = study(), []
         with (
@@ -288,6 +298,22 @@ class TestLedger:
             (second.cell, DIVERGED, False),
         ]
 
+    def test_an_outcome_that_was_written_down_is_kept_if_its_parent_dies_before_the_trials_end(self, tmp_path):
+        cells, trained = study(factors={}, sampler=Bisect(1e-3, 1, runs=1), seeds=[0]), []
+        with opened(None, tmp_path) as (backend, alone):
+            first = Ledger(cells, backend, alone=alone)
+            claim = first.claim()
+            claim.trial.set_user_attr("outcome", DIVERGED.as_dict())
+            claim.trial.set_constraint("unstable", 1.0)
+        with opened(None, tmp_path) as (backend, alone):
+            train_all(Ledger(cells, backend, alone=alone), trained)
+            assert_each_cell_once(cells, backend)
+        assert claim.cell.key not in trained
+        assert next((run.cell, run.outcome) for run in results(cells, storage=str(tmp_path / JOURNAL))) == (
+            claim.cell,
+            DIVERGED,
+        )
+
     def test_a_loss_that_was_never_finite_has_a_finite_value(self, tmp_path):
         with opened(None, tmp_path) as (backend, alone):
             ledger = Ledger(study(), backend, alone=alone)
@@ -335,19 +361,23 @@ class TestLedger:
     @pytest.mark.parametrize("kind", STUDIES)
     def test_parents_share_a_database_without_doubles(self, tmp_path, database, kind):
         cells = STUDIES[kind]
-        start = threading.Barrier(3)
+        start = threading.Barrier(3, timeout=PATIENCE)
         finished = [[], [], []]
 
         def parent(mine):
             start.wait()  # all make the tables, the study and its cells at once
             with opened(database, tmp_path) as (backend, alone):
                 assert not alone
-                train_all(Ledger(cells, backend, alone=alone), mine)
+                ledger = Ledger(cells, backend, alone=alone)
+                first = ledger.claim()
+                start.wait()  # each has one before the others take them all
+                ledger.finish(first, outcome())
+                mine.append(first.cell.key)
+                train_all(ledger, mine)
 
         with ThreadPoolExecutor(3) as pool:
             for done in [pool.submit(parent, mine) for mine in finished]:
                 done.result()
-        assert all(finished)
         with reading(database, tmp_path) as backend:
             assert_each_cell_once(cells, backend)
             assert not trials_of(cells, backend, TrialState.RUNNING, TrialState.WAITING)
@@ -490,7 +520,9 @@ def undisturbed(file, tmp_path_factory):
     """What the cells of the study give."""
     folder = tmp_path_factory.mktemp("undisturbed")
     out, errors = finish(start("run", file, "--folder", folder, "--workers", 2))
-    assert out == f"12 cells done, 0 failed; logs in {folder / 'kill'}\n"
+    page = folder / "kill" / "report" / "report.html"
+    assert out == f"12 cells done, 0 failed; logs in {folder / 'kill'}\nreport: {page}\n"
+    assert "12 runs of 60 steps" in page.read_text(encoding="utf-8")
     assert errors.count("validation loss") == 12
     runs = results(load(file), folder=folder)
     assert {run.cell for run in runs} == set(load(file).cells())
@@ -508,7 +540,7 @@ def test_killed_workers_and_parents_lose_and_double_nothing(file, tmp_path, undi
     out, errors = finish(parent, 130)
     assert out == ""
     assert errors == (
-        f"interrupted; what is finished is kept; go on with: python -m ablations resume {file}, and the same options\n"
+        f"interrupted; what is finished is kept; go on with: python -m ablations run {file}, and the same options\n"
     )
 
     parent = start("run", file, *where)

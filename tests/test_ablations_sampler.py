@@ -287,10 +287,11 @@ def test_a_failed_trial_is_asked_for_again_and_does_not_count():
     study = optuna.create_study(sampler=FrontierSampler("lr", seed=0))
 
     def objective(trial):
-        value = run(trial)
+        distance = excess(trial)
         if trial.number % 3 == 0:
             raise RuntimeError
-        return value
+        trial.set_constraint("unstable", distance)
+        return 0.0
 
     study.optimize(objective, catch=RuntimeError)
     check(study)
@@ -301,6 +302,19 @@ def test_a_failed_trial_is_asked_for_again_and_does_not_count():
     assert begun
     for n in begun:
         assert trials[n].params == trials[n + 1].params
+
+
+@pytest.mark.parametrize("n_jobs", [1, 2])
+def test_a_diverged_trial_may_return_nan(n_jobs):
+    study = optuna.create_study(sampler=FrontierSampler("lr", seed=0))
+
+    def objective(trial):
+        return 0.0 if run(trial) == 0 and max(trial.constraints.values()) <= 0 else math.nan
+
+    study.optimize(objective, n_jobs=n_jobs, n_trials=RUNS * len(THETA) + 1)
+    assert {trial.state for trial in study.trials} == {TrialState.COMPLETE, TrialState.FAIL}
+    assert study.sampler.is_exhausted(study)
+    assert len(study.trials) <= RUNS * len(THETA)
 
 
 def test_enqueued_trials_are_respected_and_count():

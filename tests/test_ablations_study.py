@@ -153,6 +153,14 @@ class TestStudyFiles:
             ("sampler: grid", "prune: true", 17, "prune must be false with grid"),
             ("sampler: grid", "prune: maybe", 17, "prune must be true or false, got 'maybe'"),
             ("seeds: [0, 1]", "seeds: [0, 1", 12, "expected ',' or ']'"),
+            ("seeds: [0, 1]", "seeds: [!seed 1]", 11, "could not determine a constructor for the tag '!seed'"),
+            ("seeds: [0, 1]", "seeds: [2020-13-01]", 11, "month must be in 1..12"),
+            ("steps: 300", f"steps: {'1' * 5000}", 2, "Exceeds the limit"),
+            ("max_loss: 2.5", f"max_loss: {'1' * 400}", 16, "max_loss must be positive and finite, got inf"),
+            ("seeds: [0, 1]", "seeds: [0]\x07", 1, "unacceptable character #x0007"),
+            ("  period: [5, 20]", "  targets: [attention, [mlp, head], 'mlp,head']", 9, "must not hold mlp,head twice"),
+            ("  data.batch_size: 8", "  data.batch_size: .nan", 14, "batch_size must be a string, a number"),
+            ("name: narrow", "name: ''", 6, "the name of a variant must be printable and not empty, got ''"),
         ],
     )
     def test_errors_name_file_line_and_rule(self, write, old, new, line, message):
@@ -162,12 +170,15 @@ class TestStudyFiles:
             load(file)
         assert str(error.value).startswith(f"{file}:{line}: ")
         assert message in str(error.value)
+        assert "\n" not in str(error.value)
 
     @pytest.mark.parametrize(
         ("sampler", "message"),
         [
             (Bisect(1.0, 0.1), "low and high must be positive and finite, low below high, got 1.0 and 0.1"),
-            (Bisect(0.1, 1.0, resolution=0), "resolution must be positive, got 0"),
+            (Bisect(0.1, 1.0, resolution=0), "resolution must be positive and at most the decades .*, got 0"),
+            (Bisect(0.1, 1.0, resolution=2), "resolution must be positive and at most the decades .*, got 2"),
+            (Tpe(0.1, 1.0, seed=2**31), "seed must be below 2³¹, got 2147483648"),
             (Bisect(0.1, 1.0, runs=0), "runs must be at least 1, got 0"),
             (Tpe(0.1, 1.0, trials=0), "trials must be at least 1, got 0"),
         ],
@@ -199,6 +210,11 @@ class TestStudyFiles:
     @pytest.mark.parametrize("text", ["", "[1, 2]", "quick"])
     def test_files_without_a_mapping(self, write, text):
         with pytest.raises(StudyError, match=r"mine\.yaml:1: a study must be a mapping"):
+            load(write(text))
+
+    @pytest.mark.parametrize("text", ["&a\nrecipe: *a", "recipe: &a [*a]", f"recipe: {'[' * 3000 + ']' * 3000}"])
+    def test_files_without_an_end(self, write, text):
+        with pytest.raises(StudyError, match="parts must not hold themselves or be nested a thousand deep"):
             load(write(text))
 
     def test_files_that_are_not_there_or_no_text(self, tmp_path):

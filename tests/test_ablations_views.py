@@ -145,7 +145,7 @@ def test_a_mean_is_not_given_where_a_seed_diverged(study):
     found = {(r.group.arm, r.lr): r for r in results(runs, "adamw")}
     assert found["msign", 0.01].mean is found["msign", 0.01].stable_rank is None
     assert found["adamw", 0.01].mean == pytest.approx(2.01)
-    assert {b.group.arm for b in best(found.values(), shared=True)} == {"adamw", "muon"}
+    assert {b.group.arm for b in best(list(found.values()), Grid())} == {"adamw", "muon"}
     row = read(results_table(list(found.values()), "adamw"))["msign", "0.01"]
     assert row["paired difference to adamw (95% interval)"] == "+0.000, of 1"
     assert "undecided: msign +0.000 [diverged where the baseline did not on 1 seed]" in " ".join(
@@ -154,7 +154,7 @@ def test_a_mean_is_not_given_where_a_seed_diverged(study):
 
 
 def test_best_is_at_each_arms_own_learning_rate(runs):
-    ranking = best(results(runs, "adamw"), shared=True)
+    ranking = best(results(runs, "adamw"), Grid())
     assert [(b.group.arm, b.lr, b.mean) for b in ranking] == [
         ("muon", 0.01, 1.625),
         ("adamw", 0.01, 2.125),
@@ -170,7 +170,7 @@ def test_sentences_say_where_msign_loses(study, runs):
     assert "12 runs of 300 steps over 2 seeds: 8 stable, 2 unstable, 2 diverged." in text
     assert "muon ends lowest, with 1.625 at 0.01; adamw is number 2, with 2.125 at 0.01." in text
     assert (
-        "Without MSign, these end lower than its best, msign: muon -0.562 (by seed -0.562 … -0.562), "
+        "Without MSign, these have a lower mean than its best, msign: muon -0.562 (by seed -0.562 … -0.562), "
         "adamw -0.062 (by seed -0.062 … -0.062)." in text
     )
     assert (
@@ -181,6 +181,7 @@ def test_sentences_say_where_msign_loses(study, runs):
         "at a learning rate of 0.1, better on every seed: msign -0.938 (-0.938 … -0.938); unstable as adamw: muon."
         in text
     )
+    assert "one of two equal arms is better on every one of 2 seeds with probability 0.5." in text
     assert "adamw is stable up to a learning rate of 0.0316; higher, with intervals apart: msign ≥ 0.1" in text
     assert "undecided: muon 0.0316" in text
     assert "with a probability of 0.5 or more" in text
@@ -189,7 +190,24 @@ def test_sentences_say_where_msign_loses(study, runs):
 def test_sentences_say_so_where_nothing_beats_msign(study):
     better = {"adamw": 2.25, "msign": 2.0, "muon": 2.5}
     text = "\n".join(summarize(study, train(study, lambda cell: outcome(better[cell.arm])), "adamw"))
-    assert "Nothing without MSign ends lower than msign; next is adamw +0.250" in text
+    assert "Nothing without MSign has a lower mean than msign; next is adamw +0.250" in text
+
+
+@pytest.mark.parametrize("sampler", [Grid(), Bisect(0.01, 0.1)])
+def test_what_lacks_a_seed_is_not_ranked(study, sampler):
+    runs = train(study, lambda cell: outcome(1.0 if cell.arm == "msign" else 2.0 + cell.seed))
+    half = [run for run in runs if run.cell.arm != "msign" or run.cell.seed == 0]
+    assert next(b.group.arm for b in best(results(runs, "adamw"), sampler)) == "msign"
+    assert [b.group.arm for b in best(results(half, "adamw"), sampler)] == ["adamw", "muon"]
+    assert next(b.group.arm for b in best(results(half, "adamw"), Tpe(0.01, 0.1))) == "msign"
+    text = "\n".join(summarize(study, half, "adamw"))
+    assert "Not compared, since a seed has no finite result: msign." in text
+
+
+def test_the_best_of_several_with_msign_is_called_so():
+    study = make_study(("adamw", "msign"), factors={"lr": (0.01,), "period": (5, 20)})
+    text = "\n".join(summarize(study, train(study, lambda cell: outcome(2.0 + (cell.arm == "adamw"))), "adamw"))
+    assert "Nothing without MSign has a lower mean than msign (period=5) (the best of 2 with it); next is adamw" in text
 
 
 def test_sentences_of_one_seed_claim_no_interval():

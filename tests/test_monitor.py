@@ -32,6 +32,8 @@ from torch import Tensor, nn
 from torch._dynamo import eval_frame
 from torch._dynamo.backends.debugging import aot_eager
 from torch.distributed.fsdp import fully_shard
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
 from msign_lightning import Restoration, restore
 from msign_lightning.collapse import Alarm
@@ -227,6 +229,36 @@ def test_values_that_are_missing_or_not_finite():
     assert reading.metrics["stability/alarms"] == 0  # both have cleared
 
 
+def test_floats_are_kept_where_the_model_is():
+    """Composer gives losses as floats, and NCCL averages nothing that lies on the CPU."""
+    monitor = Monitor(nn.ModuleList([nn.Linear(2, 2), nn.Linear(2, 2, device="meta")]), {})
+    for _ in range(9):
+        assert monitor.end(1.0) is None
+    with pytest.raises(RuntimeError, match="meta"):
+        monitor.end(1.0)
+
+
+class RefuseFloat64(TorchDispatchMode):
+    """As devices do that have none, such as Apple's."""
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        result = func(*args, **(kwargs or {}))
+        if any(isinstance(value, Tensor) and value.dtype == torch.float64 for value in tree_leaves(result)):
+            raise TypeError(f"{func} makes float64")
+        return result
+
+
+def test_measuring_needs_no_float64():
+    model = recipe()
+    spectra, alignment = SpectrumMonitor(model), SpectralAlignment(model)
+    with RefuseFloat64():
+        with alignment.armed(spectra.measure()):
+            loss_of(model, batch(0)).backward()
+        assert {m.tokens for m in alignment.result().matrices} == {48}
+        assert spectra.measure().metrics()["stable_rank/min"] > 1
+        assert grad_norm(model.parameters()).item() > 0
+
+
 def test_grad_norm_is_that_of_clipping():
     model = llama()
     assert grad_norm(model.parameters()) is None
@@ -360,21 +392,38 @@ def test_of_a_stack_of_experts_only_the_collapsed_one_is_restored():
     torch.testing.assert_close(model.experts.up_proj.detach(), before)
 
 
-def test_while_the_loss_spikes_everything_is_restored_once_per_cooldown_and_never_when_closing():
+def test_a_spike_is_only_logged():
     model = recipe()
+    before = weights(model)
     monitor = Monitor(model, {}, "restore", cooldown=20)
-    readings = [monitor.end(3.0 if step < 43 else 9.0, 1.0) for step in range(1, 76)]
+    readings = [monitor.end(9.0 if step == 43 else 3.0, 1.0) for step in range(1, 76)]
     readings = [r for r in readings if r is not None]
     assert [a[:2] for a in alarms(readings)] == [(43, "loss_spike")]
-    everything = sorted(stable_ranks(model))
-    assert {step: sorted(names) for step, names in restored(readings).items()} == {50: everything, 70: everything}
+    assert not any(r.calls_for_action for r in readings)
+    assert restored(readings) == {}
+    assert_same(weights(model), before)
 
-    monitor = Monitor(model, {}, "restore", cooldown=20)
+
+def test_while_the_loss_stalls_everything_is_restored_once_per_cooldown_and_never_when_closing():
+    def stalled(steps: int) -> tuple[nn.Module, Monitor, list[Reading]]:
+        """The median of 201 losses is that of the plateau from the 102nd loss after step 300 on."""
+        model = recipe()
+        monitor = Monitor(model, {}, "restore", thresholds={"spike": None, "z_score": None}, cooldown=20)
+        readings = [monitor.end(3.0 if step <= 300 else 4.0, 1.0) for step in range(1, steps + 1)]
+        return model, monitor, [r for r in readings if r is not None]
+
+    model, _, readings = stalled(435)
+    ((step, kind, _),) = alarms(readings)
+    assert kind == "stall"
+    assert 400 < step < 410
+    assert [r.step for r in readings if r.calls_for_action] == [410]
+    everything = sorted(stable_ranks(model))
+    assert {step: sorted(names) for step, names in restored(readings).items()} == {410: everything, 430: everything}
+
+    model, monitor, _ = stalled(409)
     before = weights(model)
-    for step in range(1, 49):
-        monitor.end(3.0 if step < 43 else 9.0, 1.0)
     last = monitor.close()
-    assert [alarm.kind for alarm in last.alarms] == ["loss_spike"]
+    assert [alarm.kind for alarm in last.alarms] == ["stall"]
     assert last.restored is None
     assert_same(weights(model), before)
 
@@ -467,11 +516,16 @@ def _train_on_rank(rank: int, folder: str) -> None:
     monitor.begin()
     loss_of(model, batch(rank))
     readings.append(monitor.end(loss, 1.0))
+    replicated = dist.tensor.DTensor.from_local(torch.tensor(2.5), next(model.blocks.parameters()).device_mesh)
+    readings += [reading for _ in range(2) if (reading := monitor.end(replicated)) is not None]
     norms = []
+    whole_parameter = nn.Parameter(torch.ones(3))  # beside the sharded ones
+    whole_parameter.grad = torch.ones(3)
     for step in (1, 2):
         model.zero_grad()
         loss_of(model, batch(rank + step)).backward()
-        norms.append((grad_norm(model.parameters()), [p.grad.full_tensor() for p in model.parameters()]))
+        norm = grad_norm([whole_parameter, *model.parameters()])
+        norms.append((norm, [torch.ones(3), *(p.grad.full_tensor() for p in model.parameters())]))
     whole = {name: p.full_tensor().detach() for name, p in model.named_parameters()}
     found = alarms(readings), restored(readings), [repr(r.metrics) for r in readings if not r.restored]
     tokens = {m.tokens for r in readings if r.alignment is not None for m in r.alignment.matrices}
@@ -486,6 +540,7 @@ def test_ranks_of_a_sharded_model_see_the_same_and_restore_the_same(tmp_path: Pa
     assert seen == seen_1
     assert seen[0] == [(4, "stable_rank", UP), (8, "non_finite", "loss")]
     assert seen[1] == {4: [UP]}
+    assert "'stability/loss': 2.5" in seen[2][-1]
     assert tokens == {2 * 48}
     for norm, gradients in norms:
         expected = torch.cat([g.flatten() for g in gradients]).norm()

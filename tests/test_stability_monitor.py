@@ -35,6 +35,7 @@ from torch._dynamo import eval_frame
 from torch.utils.tensorboard import SummaryWriter
 
 from msign_lightning import MSignCallback, StabilityMonitor
+from msign_lightning.collapse import Alarm
 from msign_lightning.diagnostics import Alignment
 from msign_lightning.jacobian import BlockJacobians
 from msign_lightning.monitor import Reading
@@ -468,6 +469,14 @@ def test_tokens_on_the_far_side_of_the_singular_vector_are_in_the_histogram(tmp_
     (histogram,) = EventAccumulator(str(tmp_path)).Reload().Histograms("spectral_alignment/mlp")
     value = histogram.histogram_value
     assert (value.num, value.sum, value.sum_squares, sum(value.bucket)) == (7, -7, 7, 7)
+
+
+def test_alarms_of_steps_in_a_row_all_stay_marked(tmp_path):
+    raised = tuple(Alarm("loss_spike", step, "loss", 5.0, 3.0) for step in (4, 5, 7))
+    with SummaryWriter(tmp_path) as writer:
+        add_reading(writer, Reading(10, alarms=raised))
+    marks = EventAccumulator(str(tmp_path)).Reload().Scalars("marks/alarms")
+    assert [(e.step, e.value) for e in marks] == [(3, 0), (4, 1), (5, 1), (6, 0), (7, 1), (8, 0)]
 
 
 def test_defaults_are_quiet(tmp_path):

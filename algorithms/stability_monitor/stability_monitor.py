@@ -32,7 +32,7 @@ class StabilityMonitor(Callback):
     `sign_diversity/...` and `jacobian_.../...`. In TensorBoard, the page "Custom Scalars" shows them in order, with
     alarms and applications marked.
 
-    With several optimizers the steps of the first count. Resuming from a checkpoint is exact.
+    With several optimizers the steps and gradients of the first count. Resuming from a checkpoint is exact.
 
     Example::
 
@@ -40,8 +40,9 @@ class StabilityMonitor(Callback):
 
     Args:
         measure: "stable_rank", "spectral_alignment" or "jacobian_alignment" → cadence in optimizer steps; None for
-            the first two every 100. A measurement of Jacobians costs some twenty training steps.
-        on_alarm: "log"; "stop" the training; or "restore" the matrices concerned by MSign.
+            the first every 100 and the second every 200. A measurement of Jacobians costs some twenty training steps.
+        on_alarm: "log"; "stop" the training; or "restore" the matrices concerned by MSign. Spikes and outliers of the
+            loss are always only logged.
         targets: "attention", "mlp", "all_2d" (both), or globs over parameter names.
         exclude: Globs over parameter names to leave out.
         cuts: Globs over parameter names → `Cut`, for fused parameters whose layout cannot be known.
@@ -168,16 +169,17 @@ class StabilityMonitor(Callback):
             tensorboard.add_reading(writer, reading)
         if dist.get_global_rank() == 0 and (text := reading.describe()):
             log.warning(text)
-        if reading.alarms and self._settings["on_alarm"] == "stop":
+        if reading.calls_for_action and self._settings["on_alarm"] == "stop":
             state.stop_training()  # type: ignore[no-untyped-call]
 
     def _detach(self) -> None:
-        if self._monitor is not None:
-            self._state = self._own_state()
-            self._monitor.disarm()
         for handle in self._handles:
             handle.remove()
-        self._handles, self._monitor = [], None
+        self._handles = []
+        if self._monitor is not None:
+            self._monitor.disarm()  # first, for after an error of the device its state can't be read
+            self._state = self._own_state()
+            self._monitor = None
 
     def _own_state(self) -> dict[str, Any] | None:
         return self._state if self._monitor is None else self._monitor.state_dict()

@@ -1,4 +1,4 @@
-"""ZClip, which no package has in the form that studies need."""
+"""ZClip (arXiv 2504.02507) as a Lightning callback."""
 
 from __future__ import annotations
 
