@@ -176,6 +176,15 @@ def compare_models(device: torch.device, rounds: int) -> str:
     return "\n".join(lines)
 
 
+def keep(report: str, folder: Path, name: str, hardware: str) -> None:
+    """Prints a report and writes it to a file of the folder, named after the benchmark and the hardware."""
+    print(f"\n{report}")
+    folder.mkdir(parents=True, exist_ok=True)
+    file = folder / f"{name}-{hardware.lower().replace(' ', '-')}.md"
+    file.write_text(report)
+    print(f"Kept in {file}")
+
+
 def main(rounds: int, threads: int, folder: Path) -> None:
     """Prints both tables and keeps them with date, device and versions."""
     for name, value in (("rounds", rounds), ("threads", threads)):
@@ -201,11 +210,7 @@ def main(rounds: int, threads: int, folder: Path) -> None:
             "",
         ]
     )
-    print(f"\n{report}")
-    folder.mkdir(parents=True, exist_ok=True)
-    file = folder / f"application-{hardware.lower().replace(' ', '-')}.md"
-    file.write_text(report)
-    print(f"Kept in {file}")
+    keep(report, folder, "application", hardware)
 
 
 if __name__ == "__main__":

@@ -18,7 +18,7 @@ from pathlib import Path
 import torch
 from tqdm import tqdm
 
-from benchmarks.application import median_ratio, take_turns
+from benchmarks.application import keep, median_ratio, take_turns
 from msign_lightning import __version__
 from msign_lightning.monitor import DEFAULT_MEASURE, READ_INTERVAL, Monitor, Quantity, grad_norm
 from recipes.module import LanguageModel
@@ -118,11 +118,7 @@ def main(rounds: int, threads: int, folder: Path) -> None:
             "",
         ]
     )
-    print(f"\n{report}")
-    folder.mkdir(parents=True, exist_ok=True)
-    file = folder / f"monitoring-{hardware.lower().replace(' ', '-')}.md"
-    file.write_text(report)
-    print(f"Kept in {file}")
+    keep(report, folder, "monitoring", hardware)
 
 
 if __name__ == "__main__":

@@ -25,6 +25,7 @@ from ablations.ledger import load
 from ablations.runner import run
 from ablations.storage import reading
 from ablations.study import Study
+from benchmarks.application import keep
 from msign_lightning import __version__
 
 
@@ -93,11 +94,7 @@ def main(cells: int, steps: int, rounds: int, folder: Path) -> None:
             "",
         ]
     )
-    print(f"\n{report}")
-    folder.mkdir(parents=True, exist_ok=True)
-    file = folder / f"workers-{hardware.lower().replace(' ', '-')}.md"
-    file.write_text(report)
-    print(f"Kept in {file}")
+    keep(report, folder, "workers", hardware)
 
 
 if __name__ == "__main__":

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import operator
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from inspect import signature
@@ -20,6 +19,7 @@ from msign_lightning.diagnostics import Alignment, SpectralAlignment, Spectrum, 
 from msign_lightning.jacobian import BlockJacobians
 from msign_lightning.linalg import Rule, check_options
 from msign_lightning.restoration import Report, Restoration, matrix_names
+from msign_lightning.schedule import check_integer
 from msign_lightning.sharding import gather
 from msign_lightning.targets import Cut
 
@@ -326,13 +326,13 @@ def check_monitor(
     for quantity, every in (measure or {}).items():
         if quantity not in get_args(Quantity):
             raise ValueError(f"measure must hold only {', '.join(get_args(Quantity))}, got {quantity!r}")
-        _check_positive(f"the cadence of {quantity} in measure", every)
+        check_integer(f"the cadence of {quantity} in measure", every, 1, "optimizer steps")
     if on_alarm not in get_args(OnAlarm):
         raise ValueError(f"on_alarm must be one of {', '.join(get_args(OnAlarm))}, got {on_alarm!r}")
     _detector(thresholds)
-    _check_positive("cooldown", cooldown)
+    check_integer("cooldown", cooldown, 1, "optimizer steps")
     if stop is not None:
-        _check_positive("stop", stop)
+        check_integer("stop", stop, 1, "optimizer steps")
     check_options(rule=rule)
 
 
@@ -342,15 +342,6 @@ def _detector(thresholds: Mapping[str, float | None] | None) -> CollapseDetector
     if unknown := [name for name in arguments if name not in known]:
         raise ValueError(f"thresholds must hold only {', '.join(known)}, got {unknown[0]!r}")
     return CollapseDetector(**arguments)
-
-
-def _check_positive(name: str, value: object) -> None:
-    try:
-        valid = not isinstance(value, bool) and operator.index(value) > 0  # type: ignore[arg-type]
-    except TypeError:
-        valid = False
-    if not valid:
-        raise ValueError(f"{name} must be a positive integer (optimizer steps), got {value!r}")
 
 
 @torch.no_grad()

@@ -29,10 +29,10 @@ class Schedule:
     stop: int | None = None
 
     def __post_init__(self) -> None:
-        _check_integer("period", self.period, minimum=1)
-        _check_integer("start", self.start, minimum=0)
+        check_integer("period", self.period, minimum=1)
+        check_integer("start", self.start, minimum=0)
         if self.stop is not None:
-            _check_integer("stop", self.stop, minimum=0)
+            check_integer("stop", self.stop, minimum=0)
             if self.start > self.stop:
                 raise ValueError(f"start must be at most stop, got start={self.start}, stop={self.stop}")
             if self.first > self.stop:
@@ -51,11 +51,12 @@ class Schedule:
         return step > 0 and step % self.period == 0 and self.start <= step and (self.stop is None or step <= self.stop)
 
 
-def _check_integer(name: str, value: object, minimum: int) -> None:
+def check_integer(name: str, value: object, minimum: int, unit: str = "") -> None:
+    """Raises ValueError unless the value is an integer, and no bool, of at least 0 or 1."""
     try:
         valid = not isinstance(value, bool) and operator.index(value) >= minimum  # type: ignore[arg-type]
     except TypeError:
         valid = False
     if not valid:
         rule = "a positive integer" if minimum == 1 else f"an integer of at least {minimum}"
-        raise ValueError(f"{name} must be {rule}, got {value!r}")
+        raise ValueError(f"{name} must be {rule}{unit and f' ({unit})'}, got {value!r}")
