@@ -31,7 +31,7 @@ $(VENV_NEWEST)/.installed: pyproject.toml
 	touch $@
 
 demo: $(VENV)/.installed
-	$(BIN)/python -m recipes.demo
+	$(BIN)/python -m msign_lightning.recipes.demo
 
 test: $(VENV)/.installed
 	$(PYTEST_ENV) $(BIN)/python -m pytest $(PYTEST_OPTIONS)

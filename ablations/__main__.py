@@ -1,4 +1,4 @@
-"""Command line of the ablation studies: `python -m ablations run quick`."""
+"""Command line of the ablation studies: `python -m msign_lightning.ablations run quick`."""
 
 from __future__ import annotations
 
@@ -11,9 +11,9 @@ from pathlib import Path
 
 import optuna
 
-from ablations.runner import FOLDER, results, run
-from ablations.storage import StorageError
-from ablations.study import Study, StudyError, load
+from msign_lightning.ablations.runner import FOLDER, results, run
+from msign_lightning.ablations.storage import StorageError
+from msign_lightning.ablations.study import Study, StudyError, load
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -39,20 +39,22 @@ def main(arguments: Sequence[str] | None = None) -> int:
         print(f"error: {error}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
-        again = f"python -m ablations {options.command} {shlex.quote(options.study)}"
+        again = f"python -m msign_lightning.ablations {options.command} {shlex.quote(options.study)}"
         print(f"interrupted; what is finished is kept; go on with: {again}, and the same options", file=sys.stderr)
         return 130
     return 1 if summary.failed else 0
 
 
 def _report(study: Study, options: argparse.Namespace) -> list[Path]:
-    from ablations.views import report  # which imports Matplotlib
+    from msign_lightning.ablations.views import report  # which imports Matplotlib
 
     return report(study, results(study, storage=options.storage, folder=options.folder), options.folder / study.name)
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(prog="python -m ablations", description="Ablation studies: from file to frontier.")
+    parser = argparse.ArgumentParser(
+        prog="python -m msign_lightning.ablations", description="Ablation studies: from file to frontier."
+    )
     commands = parser.add_subparsers(dest="command", required=True)
     for name, text in {
         "run": "train the cells that are not done yet, then report",

@@ -16,10 +16,10 @@ from tensorboard.compat.proto.summary_pb2 import Summary  # type: ignore[import-
 from tensorboard.plugins.hparams import api_pb2, metadata, plugin_data_pb2, summary_v2  # type: ignore[import-untyped]
 from tensorboard.summary.writer.event_file_writer import EventFileWriter  # type: ignore[import-untyped]
 
-from ablations.cell import Cell, show
-from ablations.frontier import Run
-from ablations.methods import Scalar, Value
-from ablations.tables import MISSING
+from msign_lightning.ablations.cell import Cell, show
+from msign_lightning.ablations.frontier import Run
+from msign_lightning.ablations.methods import Scalar, Value
+from msign_lightning.ablations.tables import MISSING
 
 SUFFIX = ".report"
 METRICS = {

@@ -8,7 +8,7 @@ import re
 from collections.abc import Mapping
 from typing import Any, NamedTuple
 
-from ablations.methods import Value
+from msign_lightning.ablations.methods import Value
 
 Factors = tuple[tuple[str, Value], ...]
 

@@ -19,9 +19,9 @@ from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 from matplotlib.ticker import LogLocator, NullFormatter
 
-from ablations.cell import Cell, Group, show
-from ablations.frontier import LEVEL, Boundary, Run, Survival
-from ablations.tables import bound, overheads, throughputs
+from msign_lightning.ablations.cell import Cell, Group, show
+from msign_lightning.ablations.frontier import LEVEL, Boundary, Run, Survival
+from msign_lightning.ablations.tables import bound, overheads, throughputs
 
 COLORS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9")  # Okabe and Ito's, for every eye
 GREY = "#777777"

@@ -13,8 +13,8 @@ from typing import Literal, NamedTuple, TypeVar
 
 import numpy as np
 
-from ablations.cell import Cell, Group, Outcome
-from ablations.sampler import bracket
+from msign_lightning.ablations.cell import Cell, Group, Outcome
+from msign_lightning.ablations.sampler import bracket
 
 LEVEL = 0.95
 

@@ -35,10 +35,10 @@ from optuna.samplers import BaseSampler, RandomSampler, TPESampler
 from optuna.storages import BaseStorage
 from optuna.trial import FrozenTrial, Trial, TrialState, create_trial
 
-from ablations.cell import Cell, Group, Outcome, show
-from ablations.methods import Value
-from ablations.sampler import FrontierSampler
-from ablations.study import Bisect, Grid, Study, StudyError, Tpe, changes, setting_of
+from msign_lightning.ablations.cell import Cell, Group, Outcome, show
+from msign_lightning.ablations.methods import Value
+from msign_lightning.ablations.sampler import FrontierSampler
+from msign_lightning.ablations.study import Bisect, Grid, Study, StudyError, Tpe, changes, setting_of
 
 BEAT = 10.0  # seconds between two signs of life
 GRACE = 60.0  # seconds without one after which a parent counts as dead

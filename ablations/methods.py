@@ -66,7 +66,7 @@ def _triggered(msign: MSignSettings) -> list[pl.Callback]:
 
 
 def _zclip(msign: MSignSettings) -> list[pl.Callback]:
-    from ablations.zclip import ZClip
+    from msign_lightning.ablations.zclip import ZClip
 
     return [ZClip()]
 
@@ -84,7 +84,7 @@ def _spike_no_more(msign: MSignSettings) -> list[pl.Callback]:
 
 
 QK_NORM: dict[str, Value] = {"model.config.qk_norm": True}
-MUON: dict[str, Value] = {"model.optimizer": "ablations.muon.Muon"}
+MUON: dict[str, Value] = {"model.optimizer": "msign_lightning.ablations.muon.Muon"}
 CAP: dict[str, Value] = {"msign.rule": "cap"}
 
 ARMS: dict[str, Arm] = {

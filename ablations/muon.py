@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytorch_optimizer
 
-from recipes.module import ParameterGroups
+from msign_lightning.recipes.module import ParameterGroups
 
 
 class Muon(pytorch_optimizer.Muon):

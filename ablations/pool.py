@@ -16,8 +16,8 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any, NamedTuple
 
-from ablations.cell import Cell, Outcome
-from ablations.study import Study, StudyError
+from msign_lightning.ablations.cell import Cell, Outcome
+from msign_lightning.ablations.study import Study, StudyError
 
 _NO_SPACE = {errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EFBIG}
 
@@ -192,7 +192,7 @@ def _serve(pipe: Any, study: Study, folder: Path, gpu: str | None) -> None:
     os.environ["OMP_NUM_THREADS"] = "1"  # so that what a cell gives does not depend on how many are trained at once
     if gpu is not None:
         os.environ["CUDA_VISIBLE_DEVICES"] = gpu
-    from ablations.trial import check, run_cell  # PyTorch reads the variables above
+    from msign_lightning.ablations.trial import check, run_cell  # PyTorch reads the variables above
 
     for chatty in ("lightning.pytorch", "lightning.fabric"):
         logging.getLogger(chatty).setLevel(logging.WARNING)

@@ -11,7 +11,7 @@ from typing import Any, NamedTuple, cast
 
 import yaml
 
-from ablations.methods import Value
+from msign_lightning.ablations.methods import Value
 
 Where = tuple[str | int, ...]
 

@@ -19,12 +19,12 @@ from optuna.trial import TrialState
 from tqdm import tqdm
 from tqdm.contrib.logging import logging_redirect_tqdm
 
-from ablations.cell import Cell, Outcome
-from ablations.frontier import Run
-from ablations.ledger import Claim, Ledger, exists, load
-from ablations.pool import Crashed, Finished, Pool, Report
-from ablations.storage import StorageError, opened, reading
-from ablations.study import Study, StudyError, recipe_file
+from msign_lightning.ablations.cell import Cell, Outcome
+from msign_lightning.ablations.frontier import Run
+from msign_lightning.ablations.ledger import Claim, Ledger, exists, load
+from msign_lightning.ablations.pool import Crashed, Finished, Pool, Report
+from msign_lightning.ablations.storage import StorageError, opened, reading
+from msign_lightning.ablations.study import Study, StudyError, recipe_file
 
 FOLDER = Path("runs/ablations")
 RETRIES = 2  # of a cell whose training raised an exception or whose worker died

@@ -5,9 +5,20 @@ from __future__ import annotations
 from collections.abc import Sequence
 from statistics import fmean
 
-from ablations.frontier import LEVEL, Boundary, PairedDifference, Run
-from ablations.study import Grid, Study
-from ablations.tables import Best, Result, best, bound, interval, missing, overheads, pairs, results, show_loss
+from msign_lightning.ablations.frontier import LEVEL, Boundary, PairedDifference, Run
+from msign_lightning.ablations.study import Grid, Study
+from msign_lightning.ablations.tables import (
+    Best,
+    Result,
+    best,
+    bound,
+    interval,
+    missing,
+    overheads,
+    pairs,
+    results,
+    show_loss,
+)
 
 
 def summarize(study: Study, runs: Sequence[Run], baseline: str, boundaries: Sequence[Boundary] = ()) -> list[str]:

@@ -10,10 +10,10 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, NamedTuple, get_type_hints
 
-import recipes
-from ablations.cell import Cell, Criterion, Group, Outcome, plain, show
-from ablations.methods import ARMS, Arm, Value
-from ablations.reader import Node, Source, StudyError, Where, near, read
+from msign_lightning import recipes
+from msign_lightning.ablations.cell import Cell, Criterion, Group, Outcome, plain, show
+from msign_lightning.ablations.methods import ARMS, Arm, Value
+from msign_lightning.ablations.reader import Node, Source, StudyError, Where, near, read
 
 __all__ = [
     "Bisect",

@@ -13,9 +13,17 @@ from collections.abc import Iterable, Mapping, Sequence
 from statistics import fmean
 from typing import Any, NamedTuple
 
-from ablations.cell import Group, show
-from ablations.frontier import LEVEL, Boundary, Overhead, PairedDifference, Run, fit_overhead, paired_differences
-from ablations.study import Bisect, Grid, Sampler, Study, Tpe
+from msign_lightning.ablations.cell import Group, show
+from msign_lightning.ablations.frontier import (
+    LEVEL,
+    Boundary,
+    Overhead,
+    PairedDifference,
+    Run,
+    fit_overhead,
+    paired_differences,
+)
+from msign_lightning.ablations.study import Bisect, Grid, Sampler, Study, Tpe
 
 MISSING = "–"
 

@@ -23,13 +23,13 @@ from lightning.pytorch.loggers import TensorBoardLogger
 from torch import Tensor
 from torch.nn.utils import get_total_norm
 
-from ablations.cell import Cell, Criterion, Outcome, plain
-from ablations.methods import MSignSettings
-from ablations.reader import Where, near
-from ablations.study import MIN_STEPS, Bisect, Study, Tpe, last_application, setting_of
 from msign_lightning import Restoration, Target, select_targets, stable_rank
+from msign_lightning.ablations.cell import Cell, Criterion, Outcome, plain
+from msign_lightning.ablations.methods import MSignSettings
+from msign_lightning.ablations.reader import Where, near
+from msign_lightning.ablations.study import MIN_STEPS, Bisect, Study, Tpe, last_application, setting_of
 from msign_lightning.collapse import CollapseDetector
-from recipes.train import RecipeCLI, load_recipe
+from msign_lightning.recipes.train import RecipeCLI, load_recipe
 
 WINDOW = MIN_STEPS
 """Training losses in a smoothed one, and optimizer steps between two reports."""

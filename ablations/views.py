@@ -19,11 +19,12 @@ import matplotlib
 import yaml
 from matplotlib.figure import Figure
 
-from ablations import board, figures
-from ablations.frontier import Boundary, Run, frontier, survival
-from ablations.sentences import summarize
-from ablations.study import Study, StudyError, Tpe
-from ablations.tables import (
+from msign_lightning._version import __version__
+from msign_lightning.ablations import board, figures
+from msign_lightning.ablations.frontier import Boundary, Run, frontier, survival
+from msign_lightning.ablations.sentences import summarize
+from msign_lightning.ablations.study import Study, StudyError, Tpe
+from msign_lightning.ablations.tables import (
     Table,
     arms_table,
     best,
@@ -36,7 +37,6 @@ from ablations.tables import (
     results_table,
     runs_csv,
 )
-from msign_lightning._version import __version__
 
 BASELINE = "adamw"
 

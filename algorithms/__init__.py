@@ -1,7 +1,7 @@
 """Training-stability methods for MosaicML Composer: `from algorithms import MSign, SpikeNoMore, StabilityMonitor`."""
 
-from algorithms.msign import MSign, apply_msign
-from algorithms.spike_no_more import SpikeNoMore, apply_spike_no_more
-from algorithms.stability_monitor import StabilityMonitor
+from msign_lightning.algorithms.msign import MSign, apply_msign
+from msign_lightning.algorithms.spike_no_more import SpikeNoMore, apply_spike_no_more
+from msign_lightning.algorithms.stability_monitor import StabilityMonitor
 
 __all__ = ["MSign", "SpikeNoMore", "StabilityMonitor", "apply_msign", "apply_spike_no_more"]

@@ -27,8 +27,8 @@ from tqdm import tqdm
 
 from msign_lightning import Restoration, __version__, restore
 from msign_lightning.linalg import Method
-from recipes.module import LanguageModel
-from recipes.transformer import TransformerConfig
+from msign_lightning.recipes.module import LanguageModel
+from msign_lightning.recipes.transformer import TransformerConfig
 
 STACKS = {"NanoGPT-5M": (96, 48), "Sigma-40M": (112, 128), "single 512": (1, 512), "single 2048": (1, 2048)}
 

@@ -41,8 +41,8 @@ from tqdm import tqdm
 
 from msign_lightning import StabilityMonitor, __version__
 from msign_lightning.collapse import CollapseDetector
-from recipes.module import LanguageModel
-from recipes.train import load_recipe
+from msign_lightning.recipes.module import LanguageModel
+from msign_lightning.recipes.train import load_recipe
 
 matplotlib.use("Agg")
 from matplotlib import pyplot as plt

@@ -21,12 +21,12 @@ import optuna
 import torch
 from optuna.trial import TrialState
 
-from ablations.ledger import load
-from ablations.runner import run
-from ablations.storage import reading
-from ablations.study import Study
 from benchmarks.application import keep
 from msign_lightning import __version__
+from msign_lightning.ablations.ledger import load
+from msign_lightning.ablations.runner import run
+from msign_lightning.ablations.storage import reading
+from msign_lightning.ablations.study import Study
 
 
 class Timing(NamedTuple):

@@ -1,42 +1,42 @@
 """MSign (arXiv 2602.01734): periodic stable-rank restoration against LLM training collapse.
 
-The callbacks need Lightning and are loaded on first use; everything else needs only PyTorch.
+Every name is loaded on first use, so that a command line answers at once. Only the callbacks need Lightning.
 """
 
+from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
-from msign_lightning._version import __version__
-from msign_lightning.linalg import msign, restore, stable_rank
-from msign_lightning.restoration import Report, Restoration
-from msign_lightning.schedule import Schedule
-from msign_lightning.spike_no_more import spike_no_more_
-from msign_lightning.targets import Cut, Target, format_targets, select_targets
+from msign_lightning._version import __version__ as __version__
 
 if TYPE_CHECKING:
-    from msign_lightning.callbacks import MSignCallback, SpikeNoMoreCallback, StabilityMonitor
+    from msign_lightning.callbacks import MSignCallback as MSignCallback
+    from msign_lightning.callbacks import SpikeNoMoreCallback as SpikeNoMoreCallback
+    from msign_lightning.callbacks import StabilityMonitor as StabilityMonitor
+    from msign_lightning.linalg import msign as msign
+    from msign_lightning.linalg import restore as restore
+    from msign_lightning.linalg import stable_rank as stable_rank
+    from msign_lightning.restoration import Report as Report
+    from msign_lightning.restoration import Restoration as Restoration
+    from msign_lightning.schedule import Schedule as Schedule
+    from msign_lightning.spike_no_more import spike_no_more_ as spike_no_more_
+    from msign_lightning.targets import Cut as Cut
+    from msign_lightning.targets import Target as Target
+    from msign_lightning.targets import format_targets as format_targets
+    from msign_lightning.targets import select_targets as select_targets
 
-__all__ = [
-    "Cut",
-    "MSignCallback",
-    "Report",
-    "Restoration",
-    "Schedule",
-    "SpikeNoMoreCallback",
-    "StabilityMonitor",
-    "Target",
-    "__version__",
-    "format_targets",
-    "msign",
-    "restore",
-    "select_targets",
-    "spike_no_more_",
-    "stable_rank",
-]
+_MODULES = {
+    "callbacks": ("MSignCallback", "SpikeNoMoreCallback", "StabilityMonitor"),
+    "linalg": ("msign", "restore", "stable_rank"),
+    "restoration": ("Report", "Restoration"),
+    "schedule": ("Schedule",),
+    "spike_no_more": ("spike_no_more_",),
+    "targets": ("Cut", "Target", "format_targets", "select_targets"),
+}
+__all__ = ["__version__", *(name for names in _MODULES.values() for name in names)]
 
 
 def __getattr__(name: str) -> Any:
-    if name in ("MSignCallback", "SpikeNoMoreCallback", "StabilityMonitor"):
-        from msign_lightning import callbacks
-
-        return getattr(callbacks, name)
+    for module, names in _MODULES.items():
+        if name in names:
+            return getattr(import_module(f"msign_lightning.{module}"), name)
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

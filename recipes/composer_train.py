@@ -1,8 +1,8 @@
-"""Command line of the recipes under Composer: `python -m recipes.composer_train --config tiny/prose --msign.period=20`.
+"""Command line of the recipes under Composer: `python -m msign_lightning.recipes.composer_train --config tiny/prose`.
 
-Recipes and arguments are those of `python -m recipes.train fit`, with the same model, data and optimizer. Of the
-trainer's settings `accelerator`, `precision`, `max_steps` and `gradient_clip_val` apply here. Several processes:
-`composer -n 2 -m recipes.composer_train --config tiny/prose`.
+Recipes and arguments are those of `python -m msign_lightning.recipes.train fit`, with the same model, data and
+optimizer. Of the trainer's settings `accelerator`, `precision`, `max_steps` and `gradient_clip_val` apply here. Several
+processes: `composer -n 2 -m msign_lightning.recipes.composer_train --config tiny/prose`.
 """
 
 from __future__ import annotations
@@ -23,9 +23,9 @@ from lightning.pytorch.cli import LightningArgumentParser
 from torch import Tensor, nn
 from torchmetrics import Metric
 
-from algorithms import MSign
-from recipes.data import RandomWindows
-from recipes.train import RecipeCLI
+from msign_lightning.algorithms import MSign
+from msign_lightning.recipes.data import RandomWindows
+from msign_lightning.recipes.train import RecipeCLI
 
 PRECISIONS = {"32-true": "fp32", "bf16-mixed": "amp_bf16", "16-mixed": "amp_fp16"}
 """Composer's names of Lightning's precisions."""

@@ -1,7 +1,8 @@
 """The demo: AdamW at a good and at a too high learning rate, with and without MSign, on real text.
 
-`python -m recipes.demo` trains the tiny recipe (recipes/tiny/prose.yaml) in thirty short runs, spread over the
-processor's cores, and writes to runs/demo: TensorBoard logs, the figure demo.png, the table demo.md and results.jsonl.
+`python -m msign_lightning.recipes.demo` trains the tiny recipe (recipes/tiny/prose.yaml) in thirty short runs, spread
+over the processor's cores, and writes to runs/demo: TensorBoard logs, the figure demo.png, the table demo.md and
+results.jsonl.
 """
 
 from __future__ import annotations
@@ -31,8 +32,8 @@ from torch.optim import AdamW
 from tqdm import tqdm
 
 from msign_lightning import MSignCallback, select_targets, stable_rank
-from recipes.data import TextDataModule
-from recipes.module import LanguageModel
+from msign_lightning.recipes.data import TextDataModule
+from msign_lightning.recipes.module import LanguageModel
 
 matplotlib.use("Agg")
 from matplotlib import pyplot as plt

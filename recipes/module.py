@@ -14,7 +14,7 @@ from torch import Tensor
 from torch.optim import AdamW, Optimizer
 from torch.optim.lr_scheduler import LambdaLR
 
-from recipes.transformer import Transformer, TransformerConfig
+from msign_lightning.recipes.transformer import Transformer, TransformerConfig
 
 ParameterGroups = list[dict[str, Any]]
 

@@ -1,4 +1,4 @@
-"""Command line of the recipes: `python -m recipes.train fit --config tiny/prose --msign.period=20`."""
+"""Command line of the recipes: `python -m msign_lightning.recipes.train fit --config tiny/prose --msign.period=20`."""
 
 from __future__ import annotations
 
@@ -12,8 +12,8 @@ import lightning.pytorch as pl
 from lightning.pytorch.cli import ArgsType, LightningArgumentParser, LightningCLI
 
 from msign_lightning import MSignCallback
-from recipes.data import TextDataModule
-from recipes.module import LanguageModel
+from msign_lightning.recipes.data import TextDataModule
+from msign_lightning.recipes.module import LanguageModel
 
 
 class RecipeCLI(LightningCLI):

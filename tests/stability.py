@@ -11,8 +11,8 @@ from torch import Tensor, nn
 from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM
 
 from msign_lightning import select_targets, stable_rank
-from recipes.data import RandomWindows, Windows
-from recipes.transformer import Transformer, TransformerConfig
+from msign_lightning.recipes.data import RandomWindows, Windows
+from msign_lightning.recipes.transformer import Transformer, TransformerConfig
 
 VOCAB = 64
 UP = "blocks.0.mlp.up_proj.weight"

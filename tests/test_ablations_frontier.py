@@ -8,8 +8,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from ablations.cell import Group, Outcome
-from ablations.frontier import (
+from msign_lightning.ablations.cell import Group, Outcome
+from msign_lightning.ablations.frontier import (
     Boundary,
     Run,
     SeedBoundary,
@@ -19,7 +19,7 @@ from ablations.frontier import (
     paired_differences,
     survival,
 )
-from ablations.sampler import Interval, Probe, SearchedCell, next_probes
+from msign_lightning.ablations.sampler import Interval, Probe, SearchedCell, next_probes
 
 GROUP = Group("msign", (("period", 20),))
 OUTCOME = Outcome(

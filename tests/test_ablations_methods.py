@@ -10,14 +10,14 @@ import pytest
 import torch
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-from ablations import trial
-from ablations.methods import ARMS, Arm
-from ablations.muon import Muon
-from ablations.study import Bisect, Criterion, Study, StudyError, load
-from ablations.trial import Recorder, check, count_spikes, find_collapse, run_cell, smooth
-from ablations.zclip import ZClip
 from msign_lightning import select_targets, stable_rank
-from recipes.train import load_recipe
+from msign_lightning.ablations import trial
+from msign_lightning.ablations.methods import ARMS, Arm
+from msign_lightning.ablations.muon import Muon
+from msign_lightning.ablations.study import Bisect, Criterion, Study, StudyError, load
+from msign_lightning.ablations.trial import Recorder, check, count_spikes, find_collapse, run_cell, smooth
+from msign_lightning.ablations.zclip import ZClip
+from msign_lightning.recipes.train import load_recipe
 
 STEPS, PERIOD = 40, 10
 LAST = {"msign_first_quarter": 10, "msign_first_half": 20, "msign": 30, "cap_first_half": 20, "cap": 30}
@@ -354,7 +354,10 @@ class TestMuon:
     def test_matrices_by_muon_and_the_rest_by_adamw(self):
         torch.manual_seed(0)
         recipe = load_recipe(
-            "tiny/prose", "--use_msign=false", "--trainer.logger=false", "--model.optimizer=ablations.muon.Muon"
+            "tiny/prose",
+            "--use_msign=false",
+            "--trainer.logger=false",
+            "--model.optimizer=msign_lightning.ablations.muon.Muon",
         )
         model, lr = recipe.model, 0.01
         before = {name: p.detach().clone() for name, p in model.named_parameters()}

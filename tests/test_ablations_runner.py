@@ -23,13 +23,13 @@ import psycopg
 import pytest
 from optuna.trial import TrialState
 
-from ablations import ledger as ledger_module
-from ablations.cell import Outcome
-from ablations.ledger import Ledger, exists
-from ablations.pool import Crashed, Finished, Pool
-from ablations.runner import results, run
-from ablations.storage import JOURNAL, StorageError, opened, reading
-from ablations.study import Bisect, Grid, Study, StudyError, Tpe, load
+from msign_lightning.ablations import ledger as ledger_module
+from msign_lightning.ablations.cell import Outcome
+from msign_lightning.ablations.ledger import Ledger, exists
+from msign_lightning.ablations.pool import Crashed, Finished, Pool
+from msign_lightning.ablations.runner import results, run
+from msign_lightning.ablations.storage import JOURNAL, StorageError, opened, reading
+from msign_lightning.ablations.study import Bisect, Grid, Study, StudyError, Tpe, load
 
 ROOT = Path(__file__).parent.parent
 SMALL = {
@@ -456,7 +456,7 @@ def start(*arguments):
     """A parent process, as at a terminal of its own, whose beats and patience with others are short."""
     script = (
         "import sys; from ablations import ledger; ledger.BEAT, ledger.GRACE = 0.5, 5.0;"
-        "from ablations.__main__ import main; sys.exit(main(sys.argv[1:]))"
+        "from msign_lightning.ablations.__main__ import main; sys.exit(main(sys.argv[1:]))"
     )
     command = [sys.executable, "-c", script, *map(str, arguments)]
     environment = {**os.environ, "JSONARGPARSE_DEPRECATION_WARNINGS": "off"}
@@ -540,7 +540,8 @@ def test_killed_workers_and_parents_lose_and_double_nothing(file, tmp_path, undi
     out, errors = finish(parent, 130)
     assert out == ""
     assert errors == (
-        f"interrupted; what is finished is kept; go on with: python -m ablations run {file}, and the same options\n"
+        "interrupted; what is finished is kept; go on with: python -m msign_lightning.ablations "
+        f"run {file}, and the same options\n"
     )
 
     parent = start("run", file, *where)

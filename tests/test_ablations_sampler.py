@@ -15,7 +15,7 @@ from optuna.storages import JournalStorage
 from optuna.storages.journal import JournalFileBackend
 from optuna.trial import TrialState
 
-from ablations.sampler import FrontierSampler, Interval, Probe, SearchedCell, bracket, next_probes
+from msign_lightning.ablations.sampler import FrontierSampler, Interval, Probe, SearchedCell, bracket, next_probes
 
 LOW, HIGH, RUNS = 1e-3, 1.0, 6
 DECADES = Interval(LOW, HIGH, runs=RUNS)
@@ -267,7 +267,7 @@ def test_processes_share_a_study(tmp_path):
 import optuna
 from optuna.storages import JournalStorage
 from optuna.storages.journal import JournalFileBackend
-from ablations.sampler import FrontierSampler
+from msign_lightning.ablations.sampler import FrontierSampler
 from tests.test_ablations_sampler import run
 optuna.create_study(study_name="s", storage={storage}, load_if_exists=True, sampler=FrontierSampler("lr")).optimize(run)
 """

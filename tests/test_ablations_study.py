@@ -9,9 +9,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-import ablations.study
-from ablations.methods import ARMS
-from ablations.study import (
+import msign_lightning.ablations
+from msign_lightning.ablations.methods import ARMS
+from msign_lightning.ablations.study import (
     Bisect,
     Cell,
     Criterion,
@@ -26,7 +26,7 @@ from ablations.study import (
     load,
 )
 
-SHIPPED = sorted(file.stem for file in (Path(ablations.study.__file__).parent / "studies").glob("*.yaml"))
+SHIPPED = sorted(file.stem for file in (Path(msign_lightning.ablations.__file__).parent / "studies").glob("*.yaml"))
 SOUND = """\
 recipe: tiny/prose
 steps: 300
@@ -226,7 +226,8 @@ class TestStudyFiles:
 
     def test_reading_needs_neither_torch_nor_lightning(self):
         program = (
-            "import sys, ablations.study as s; s.load('quick').cells(); print({'torch', 'lightning'} & {*sys.modules})"
+            "import sys; from msign_lightning.ablations.study import load; load('quick').cells(); "
+            "print({'torch', 'lightning'} & {*sys.modules})"
         )
         result = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True)
         assert result.stdout.strip() == "set()"

@@ -23,11 +23,20 @@ from tensorboard.plugins.hparams.get_experiment import Handler as ExperimentHand
 from tensorboard.plugins.hparams.list_session_groups import Handler as SessionsHandler
 from torch.utils.tensorboard import SummaryWriter
 
-from ablations.frontier import Run, frontier, paired_differences
-from ablations.sentences import summarize
-from ablations.study import Bisect, Cell, Grid, Outcome, Sampler, Study, StudyError, Tpe, Variant
-from ablations.tables import Table, best, best_table, frontier_table, missing, overheads, results, results_table
-from ablations.views import draw, report
+from msign_lightning.ablations.frontier import Run, frontier, paired_differences
+from msign_lightning.ablations.sentences import summarize
+from msign_lightning.ablations.study import Bisect, Cell, Grid, Outcome, Sampler, Study, StudyError, Tpe, Variant
+from msign_lightning.ablations.tables import (
+    Table,
+    best,
+    best_table,
+    frontier_table,
+    missing,
+    overheads,
+    results,
+    results_table,
+)
+from msign_lightning.ablations.views import draw, report
 
 GRID = Grid()
 STEPS = 300

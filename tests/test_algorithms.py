@@ -26,13 +26,12 @@ from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 from torch.utils.data import DataLoader
 
-import algorithms
-from algorithms import MSign, SpikeNoMore, apply_msign, apply_spike_no_more
-from msign_lightning import Cut, MSignCallback, restore
-from recipes.composer_train import ComposerLanguageModel, build_trainer, main
-from recipes.data import RandomWindows, Windows
-from recipes.train import load_recipe
-from recipes.transformer import Transformer, TransformerConfig
+from msign_lightning import Cut, MSignCallback, algorithms, restore
+from msign_lightning.algorithms import MSign, SpikeNoMore, apply_msign, apply_spike_no_more
+from msign_lightning.recipes.composer_train import ComposerLanguageModel, build_trainer, main
+from msign_lightning.recipes.data import RandomWindows, Windows
+from msign_lightning.recipes.train import load_recipe
+from msign_lightning.recipes.transformer import Transformer, TransformerConfig
 
 pytestmark = [
     pytest.mark.composer,

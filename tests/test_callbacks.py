@@ -23,7 +23,7 @@ from torch.utils.data import DataLoader, DistributedSampler
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from msign_lightning import MSignCallback, Restoration, restore, select_targets
-from recipes.data import RandomWindows, Windows
+from msign_lightning.recipes.data import RandomWindows, Windows
 
 pytestmark = [
     # Lightning advises more workers and shorter logging intervals; neither makes sense for a dozen tiny batches.

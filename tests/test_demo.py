@@ -5,8 +5,8 @@ import math
 import pytest
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-from recipes import demo
-from recipes.demo import ARMS, GOOD_LR, HIGH_LR, PERIOD, Result, Run
+from msign_lightning.recipes import demo
+from msign_lightning.recipes.demo import ARMS, GOOD_LR, HIGH_LR, PERIOD, Result, Run
 
 STEPS = 10 * PERIOD
 

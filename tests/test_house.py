@@ -42,7 +42,10 @@ def our_imports(file: Path) -> set[str]:
         elif isinstance(node, ast.ImportFrom):
             assert node.level == 0, f"{file} imports relatively"
             names |= {f"{node.module}.{alias.name}" for alias in node.names}
-    return {name for name in names if name.split(".")[0] in PACKAGES}
+    ours = {name for name in names if name.split(".")[0] in PACKAGES}
+    parts = [name.split(".") for name in ours]
+    # The other packages are installed inside of the library.
+    return {".".join(p[1:] if p[0] == "msign_lightning" and p[1] in PACKAGES else p) for p in parts}
 
 
 @pytest.mark.parametrize("package", [p for p in PACKAGES if list((ROOT / p).rglob("*.py"))])
@@ -69,10 +72,13 @@ def test_wheel_installs_into_an_empty_environment_and_carries_everything(tmp_pat
     (wheel,) = tmp_path.glob("*.whl")
     carried = set(zipfile.ZipFile(wheel).namelist())
     expected = {
-        str(f.relative_to(ROOT)) for p in PACKAGES for f in (ROOT / p).rglob("*") if f.suffix in (".py", ".yaml")
+        str(file.relative_to(ROOT) if package == "msign_lightning" else "msign_lightning" / file.relative_to(ROOT))
+        for package in PACKAGES
+        for file in (ROOT / package).rglob("*")
+        if file.suffix in (".py", ".yaml")
     }
     assert expected | {"msign_lightning/py.typed"} <= carried
-    assert not [name for name in carried if name.split("/")[0] not in PACKAGES and ".dist-info/" not in name]
+    assert not [name for name in carried if name.split("/")[0] != "msign_lightning" and ".dist-info/" not in name]
 
     environment = tmp_path / "env"
     venv.create(environment, with_pip=True)
@@ -81,7 +87,7 @@ def test_wheel_installs_into_an_empty_environment_and_carries_everything(tmp_pat
     # PyTorch and the other dependencies come from this environment; the editable install of it does not come along.
     (site_packages,) = environment.glob("lib/python*/site-packages")
     (site_packages / "dependencies.pth").write_text(str(Path(torch.__file__).parent.parent))
-    program = "import msign_lightning as m, recipes.train; print(m.MSignCallback(period=7), m.__file__)"
+    program = "import msign_lightning as m, msign_lightning.recipes.train; print(m.MSignCallback(period=7), m.__file__)"
     result = subprocess.run([python, "-c", program], cwd=tmp_path, capture_output=True, text=True)
     assert result.returncode == 0, result.stderr
     assert str(site_packages) in result.stdout

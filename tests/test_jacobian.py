@@ -17,7 +17,7 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.testing import assert_close
 
 from msign_lightning.jacobian import BlockJacobians, JacobianReport
-from recipes.transformer import Transformer, TransformerConfig
+from msign_lightning.recipes.transformer import Transformer, TransformerConfig
 
 D, L, T, VOCAB = 8, 3, 3, 16
 N = T * D

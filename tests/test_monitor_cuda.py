@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from msign_lightning.monitor import Monitor, grad_norm
-from recipes.module import LanguageModel
+from msign_lightning.recipes.module import LanguageModel
 
 pytestmark = pytest.mark.gpu
 

@@ -15,12 +15,11 @@ import transformers
 from lightning_utilities.core.rank_zero import rank_zero_only
 from torch.optim import SGD, AdamW
 
-import recipes
-from msign_lightning import MSignCallback, select_targets
-from recipes.data import FixedWindows, RandomWindows, TextDataModule, Windows
-from recipes.module import LanguageModel
-from recipes.train import RecipeCLI, load_recipe
-from recipes.transformer import Attention, Transformer, TransformerConfig, rotary_angles, rotate
+from msign_lightning import MSignCallback, recipes, select_targets
+from msign_lightning.recipes.data import FixedWindows, RandomWindows, TextDataModule, Windows
+from msign_lightning.recipes.module import LanguageModel
+from msign_lightning.recipes.train import RecipeCLI, load_recipe
+from msign_lightning.recipes.transformer import Attention, Transformer, TransformerConfig, rotary_angles, rotate
 
 RECIPES = sorted(Path(recipes.__file__).parent.rglob("*.yaml"))
 SMALL = TransformerConfig(n_layers=2, width=16, n_heads=4, mlp_width=32)

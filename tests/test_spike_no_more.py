@@ -22,9 +22,9 @@ from torch.nn import functional as F
 from torch.optim.swa_utils import get_ema_avg_fn
 
 from msign_lightning import MSignCallback, SpikeNoMoreCallback, spike_no_more_
-from recipes.data import RandomWindows, Windows
-from recipes.module import LanguageModel
-from recipes.transformer import Transformer, TransformerConfig
+from msign_lightning.recipes.data import RandomWindows, Windows
+from msign_lightning.recipes.module import LanguageModel
+from msign_lightning.recipes.transformer import Transformer, TransformerConfig
 
 pytestmark = [
     pytest.mark.filterwarnings("ignore:The '.*_dataloader' does not have many workers"),

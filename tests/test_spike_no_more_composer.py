@@ -12,8 +12,8 @@ import torch
 from torch import Tensor, nn
 
 from msign_lightning import spike_no_more_
-from recipes.data import RandomWindows, Windows
-from recipes.transformer import Transformer, TransformerConfig
+from msign_lightning.recipes.data import RandomWindows, Windows
+from msign_lightning.recipes.transformer import Transformer, TransformerConfig
 
 pytestmark = pytest.mark.composer
 
@@ -24,7 +24,7 @@ SEED = 7
 
 
 def make_model(seed: int = 0) -> nn.Module:
-    from recipes.composer_train import ComposerLanguageModel
+    from msign_lightning.recipes.composer_train import ComposerLanguageModel
 
     torch.manual_seed(seed)
     return ComposerLanguageModel(Transformer(CONFIG))
@@ -43,7 +43,7 @@ def make_trainer(model: nn.Module, optimizer: torch.optim.Optimizer | None = Non
     from composer import Trainer
     from torch.utils.data import DataLoader
 
-    from algorithms import SpikeNoMore
+    from msign_lightning.algorithms import SpikeNoMore
 
     loader = RandomWindows(WINDOWS, 4, 6)
     defaults: dict[str, Any] = {
@@ -86,7 +86,7 @@ def test_new_norm_is_trained_with_the_other_gains():
 
 
 def test_function_adds_the_norm_to_an_optimizer_once():
-    from algorithms import apply_spike_no_more
+    from msign_lightning.algorithms import apply_spike_no_more
 
     model = make_model()
     embedding = model.transformer.embedding
@@ -98,7 +98,7 @@ def test_function_adds_the_norm_to_an_optimizer_once():
 
 @pytest.mark.parametrize("shortcut", ["scaled_embed", "embed_ln"])
 def test_resumed_run_ends_bit_equal(tmp_path, shortcut):
-    from algorithms import MSign, SpikeNoMore
+    from msign_lightning.algorithms import MSign, SpikeNoMore
 
     def fit(folder: str, **arguments: Any) -> dict[str, Tensor]:
         model = make_model()
@@ -114,7 +114,7 @@ def test_resumed_run_ends_bit_equal(tmp_path, shortcut):
 
 
 def test_trained_weights_are_not_drawn_anew():
-    from algorithms import SpikeNoMore
+    from msign_lightning.algorithms import SpikeNoMore
 
     model = make_model()
     trainer = make_trainer(model)
@@ -141,7 +141,7 @@ def test_logs_how_many_matrices():
 
 
 def test_same_errors_as_the_callback():
-    from algorithms import SpikeNoMore
+    from msign_lightning.algorithms import SpikeNoMore
 
     with pytest.raises(ValueError, match="shortcut must be one of"):
         SpikeNoMore("embed_detach")
@@ -152,8 +152,8 @@ def test_same_errors_as_the_callback():
 
 
 def test_repr_and_metadata():
-    import algorithms
-    from algorithms import SpikeNoMore
+    from msign_lightning import algorithms
+    from msign_lightning.algorithms import SpikeNoMore
 
     algorithm = SpikeNoMore("embed_ln", init=False, outputs=["*.o_proj.weight"])
     assert repr(eval(repr(algorithm))) == repr(algorithm)

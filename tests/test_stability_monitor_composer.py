@@ -25,11 +25,10 @@ from torch import Tensor, nn
 from torch._dynamo import eval_frame
 from torch.utils.data import DataLoader
 
-import algorithms
 import msign_lightning
-from algorithms import MSign, StabilityMonitor
-from msign_lightning import Cut
-from recipes.composer_train import ComposerLanguageModel
+from msign_lightning import Cut, algorithms
+from msign_lightning.algorithms import MSign, StabilityMonitor
+from msign_lightning.recipes.composer_train import ComposerLanguageModel
 
 pytestmark = [
     pytest.mark.composer,

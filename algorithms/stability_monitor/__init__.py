@@ -1,5 +1,5 @@
 """StabilityMonitor: stable rank, Spectral Alignment (arXiv 2510.04202) and Jacobian alignment during training."""
 
-from algorithms.stability_monitor.stability_monitor import StabilityMonitor
+from msign_lightning.algorithms.stability_monitor.stability_monitor import StabilityMonitor
 
 __all__ = ["StabilityMonitor"]

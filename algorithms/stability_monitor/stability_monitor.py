@@ -13,8 +13,8 @@ from torch import Tensor
 from torch.optim import Optimizer
 from torch.utils.hooks import RemovableHandle
 
-from algorithms.msign.msign import innermost, tensorboard_writers
 from msign_lightning import tensorboard
+from msign_lightning.algorithms.msign.msign import innermost, tensorboard_writers
 from msign_lightning.linalg import Rule
 from msign_lightning.monitor import Monitor, OnAlarm, Quantity, Reading, check_monitor, grad_norm
 from msign_lightning.restoration import was_skipped
