@@ -28,6 +28,7 @@ from msign_lightning.ablations.cell import Cell, Criterion, Outcome, plain
 from msign_lightning.ablations.methods import MSignSettings
 from msign_lightning.ablations.reader import Where, near
 from msign_lightning.ablations.study import MIN_STEPS, Bisect, Study, Tpe, last_application, setting_of
+from msign_lightning.callbacks import gradient_scale
 from msign_lightning.collapse import CollapseDetector
 from msign_lightning.recipes.train import RecipeCLI, load_recipe
 
@@ -104,7 +105,8 @@ class Recorder(pl.Callback):
         self._start = perf_counter()
 
     def on_before_optimizer_step(self, trainer: pl.Trainer, pl_module: pl.LightningModule, optimizer: Any) -> None:
-        self._norms.append(get_total_norm([p.grad for p in pl_module.parameters() if p.grad is not None]))
+        norm = get_total_norm([p.grad for p in pl_module.parameters() if p.grad is not None])
+        self._norms.append(norm / gradient_scale(trainer, optimizer))
 
     def on_train_batch_end(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, outputs: Any, batch: Tensor, batch_idx: int

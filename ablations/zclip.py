@@ -9,6 +9,8 @@ import lightning.pytorch as pl
 import torch
 from torch.nn.utils import clip_grads_with_norm_, get_total_norm
 
+from msign_lightning.callbacks import gradient_scale
+
 
 class ZClip(pl.Callback):
     r"""Clips the norm of all gradients where it is an outlier (ZClip, arXiv 2504.02507, reciprocal clipping).
@@ -36,9 +38,10 @@ class ZClip(pl.Callback):
     def on_before_optimizer_step(self, trainer: pl.Trainer, pl_module: pl.LightningModule, optimizer: Any) -> None:
         parameters = [p for p in pl_module.parameters() if p.grad is not None]
         norm = get_total_norm([p.grad for p in parameters if p.grad is not None])
-        bound = self.update(norm.item())
+        scale = gradient_scale(trainer, optimizer)
+        bound = self.update(norm.item() / scale)
         if bound is not None:
-            clip_grads_with_norm_(parameters, bound, norm)
+            clip_grads_with_norm_(parameters, bound * scale, norm)
 
     def update(self, norm: float) -> float | None:
         """Takes in the norm of a step; returns what to clip it to, or None."""

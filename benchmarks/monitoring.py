@@ -20,9 +20,10 @@ from tqdm import tqdm
 
 from benchmarks.application import keep, median_ratio, take_turns
 from msign_lightning import __version__
-from msign_lightning.monitor import DEFAULT_MEASURE, READ_INTERVAL, Monitor, Quantity, grad_norm
+from msign_lightning.monitor import READ_INTERVAL, Monitor, grad_norm
 from msign_lightning.recipes.module import LanguageModel
 from msign_lightning.recipes.transformer import TransformerConfig
+from msign_lightning.settings import DEFAULT_MEASURE, Quantity
 
 MODELS = {
     "tiny (4 layers, d = 32), 256 tokens": (TransformerConfig(), 4, 64, 20),

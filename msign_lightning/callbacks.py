@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from typing import Any, cast
 
 import lightning.pytorch as pl
@@ -16,17 +16,17 @@ from torch.optim import Optimizer
 from torch.utils.hooks import RemovableHandle
 
 from msign_lightning import tensorboard
-from msign_lightning.linalg import Method, Rule, check_options
-from msign_lightning.monitor import Monitor, OnAlarm, Quantity, Reading, check_monitor, grad_norm
+from msign_lightning.monitor import Monitor, Reading, grad_norm
 from msign_lightning.restoration import Report, Restoration, was_skipped
-from msign_lightning.schedule import Schedule
-from msign_lightning.spike_no_more import Shortcut, add_shortcut_, check_settings, spike_no_more_
-from msign_lightning.targets import Cut
+from msign_lightning.settings import MonitorSettings, RestorationSettings
+from msign_lightning.spike_no_more import SpikeNoMoreSettings, add_shortcut_, spike_no_more_
+
+__all__ = ["MSignCallback", "SpikeNoMoreCallback", "StabilityMonitor", "gradient_scale"]
 
 log = logging.getLogger(__name__)
 
 
-class MSignCallback(Callback):
+class MSignCallback(RestorationSettings, Callback):
     """Restores the stable rank of weight matrices every `period` optimizer steps (MSign, arXiv 2602.01734).
 
     After optimizer steps P, 2P, 3P, … each target W becomes ‖W‖_F · UVᵀ / ‖UVᵀ‖_F (Eq. 14), where W = USVᵀ is its
@@ -47,50 +47,16 @@ class MSignCallback(Callback):
 
         trainer = Trainer(callbacks=[MSignCallback()])
 
-    Args:
-        period: P, the number of optimizer steps between two applications.
-        targets: "attention", "mlp", "all_2d" (both), or globs over parameter names.
-        rule: "msign" (Eq. 14), or "cap", which only lifts the stable rank to that of a random matrix.
-        method: How the matrix sign is computed: "auto" picks by device and size, "svd" is exact in fp64.
-        rtol: Singular values below rtol · σ₁ count as zero; None for the default of the weights' dtype.
-        exclude: Globs over parameter names to leave out.
-        cuts: Globs over parameter names → `Cut`, for fused parameters whose layout cannot be known.
-        start: First step at which an application may happen.
-        stop: Last step at which an application may happen; None for no end.
+    The arguments are those of `RestorationSettings`.
 
     Raises:
         ValueError: An argument is out of its range; or when fitting starts, nothing is selected.
         RuntimeError: When fitting starts under DeepSpeed or FSDP1, which train flat copies of the weights.
     """
 
-    def __init__(
-        self,
-        period: int = 100,
-        targets: str | Sequence[str] = "all_2d",
-        *,
-        rule: Rule = "msign",
-        method: Method = "auto",
-        rtol: float | None = None,
-        exclude: str | Sequence[str] = (),
-        cuts: Mapping[str, Cut] | None = None,
-        start: int = 0,
-        stop: int | None = None,
-    ) -> None:
-        Schedule(period, start, stop)
-        check_options(rule=rule, method=method, rtol=rtol)
-        self._settings: dict[str, Any] = {
-            "period": period,
-            "targets": targets,
-            "rule": rule,
-            "method": method,
-            "rtol": rtol,
-            "exclude": exclude,
-            "cuts": cuts,
-            "start": start,
-            "stop": stop,
-        }
+    def __post_init__(self) -> None:
+        super().__post_init__()
         self._restoration: Restoration | None = None
-        self._handles: list[RemovableHandle] = []
         self._steps: list[int] = []
 
     @property
@@ -99,13 +65,13 @@ class MSignCallback(Callback):
 
         With other settings than those of a checkpoint, the count goes on from the trainer's.
         """
-        return self._generate_state_key(**self._settings)
+        return self._generate_state_key(**self.arguments())
 
     def on_fit_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Selects the targets and hooks into the optimizers, which exist by now."""
         _refuse_flat_weights(self, trainer)
-        self._remove_handles()
-        self._restoration = Restoration(pl_module, **self._settings)
+        self._detach()
+        self._restoration = Restoration(pl_module, **self.arguments())
         loggers = trainer.loggers
 
         def write(report: Report) -> None:
@@ -114,7 +80,7 @@ class MSignCallback(Callback):
             for writer in _tensorboard_writers(trainer):
                 tensorboard.add_mark(writer, tensorboard.APPLICATION, report.step)
 
-        self._handles = self._restoration.attach(*trainer.optimizers, on_report=write)
+        self._restoration.attach(*trainer.optimizers, on_report=write)
         fresh = trainer.ckpt_path is None and trainer.global_step == 0
         if self._steps and not fresh:
             self._restoration.load_state_dict({"steps": self._steps})
@@ -122,17 +88,17 @@ class MSignCallback(Callback):
 
     def on_fit_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Lets go of the optimizers and of the model; the count stays, for another fit."""
-        self._remove_handles()
+        self._detach()
 
     def on_exception(self, trainer: pl.Trainer, pl_module: pl.LightningModule, exception: BaseException) -> None:
         """Lets go likewise: after an exception no other hook of the end is called."""
-        self._remove_handles()
+        self._detach()
 
-    def _remove_handles(self) -> None:
-        self._steps = self.state_dict()["steps"]
-        for handle in self._handles:
-            handle.remove()
-        self._handles, self._restoration = [], None
+    def _detach(self) -> None:
+        if self._restoration is not None:
+            self._steps = self._restoration.steps
+            self._restoration.detach()
+            self._restoration = None
 
     def state_dict(self) -> dict[str, Any]:
         """The number of completed optimizer steps, per optimizer."""
@@ -152,7 +118,7 @@ class MSignCallback(Callback):
         self.load_state_dict({"steps": [checkpoint["global_step"] // optimizers] * optimizers})
 
 
-class StabilityMonitor(Callback):
+class StabilityMonitor(MonitorSettings, Callback):
     """Sees a collapse coming: stable rank, Spectral Alignment, Jacobian alignment, loss and gradient norm.
 
     What is measured, and which alarms there are, is described at `msign_lightning.monitor.Monitor` and
@@ -162,7 +128,8 @@ class StabilityMonitor(Callback):
     alarms and applications marked.
 
     With several optimizers the steps and gradients of the first count. The loss is what `training_step` returns, as a
-    tensor or under "loss"; without it there are no alarms of the loss. Resuming from a checkpoint is exact.
+    tensor or under "loss"; without it there are no alarms of the loss. Resuming from a checkpoint is exact; all
+    arguments but `targets`, `exclude`, `blocks` and the quantities of `measure` may be changed before.
 
     Matrices are restored at the end of the batch: a callback that averages weights must come after this one to see it.
 
@@ -170,58 +137,21 @@ class StabilityMonitor(Callback):
 
         trainer = Trainer(callbacks=[StabilityMonitor(on_alarm="restore")])
 
-    Args:
-        measure: "stable_rank", "spectral_alignment" or "jacobian_alignment" → cadence in optimizer steps; None for
-            the first every 100 and the second every 200. A measurement of Jacobians costs some twenty training steps.
-        on_alarm: "log"; "stop" the training; or "restore" the matrices concerned by MSign. Spikes and outliers of the
-            loss are always only logged.
-        targets: "attention", "mlp", "all_2d" (both), or globs over parameter names.
-        exclude: Globs over parameter names to leave out.
-        cuts: Globs over parameter names → `Cut`, for fused parameters whose layout cannot be known.
-        blocks: Names or globs of the blocks for the Jacobians; None to find them.
-        thresholds: Arguments of `CollapseDetector` that differ from its defaults; None turns an alarm off.
-        cooldown: Optimizer steps for which a restored matrix is left alone.
-        stop: Last step at which a matrix may be restored; None for no end.
-        rule: How matrices are restored: "msign", or "cap", which only lifts the stable rank to that of a random matrix.
-        per_matrix: Whether to log values per matrix and block besides summaries.
+    The arguments are those of `MonitorSettings`.
 
     Raises:
         ValueError: An argument is out of its range; or when training starts, nothing is selected.
         RuntimeError: When training starts under DeepSpeed or FSDP1, which train flat copies of the weights.
     """
 
-    def __init__(
-        self,
-        measure: Mapping[Quantity, int] | None = None,
-        on_alarm: OnAlarm = "log",
-        *,
-        targets: str | Sequence[str] = "all_2d",
-        exclude: str | Sequence[str] = (),
-        cuts: Mapping[str, Cut] | None = None,
-        blocks: str | Sequence[str] | None = None,
-        thresholds: Mapping[str, float | None] | None = None,
-        cooldown: int = 100,
-        stop: int | None = None,
-        rule: Rule = "msign",
-        per_matrix: bool = False,
-    ) -> None:
-        check_monitor(measure, on_alarm, thresholds, cooldown, stop, rule)
-        self._settings: dict[str, Any] = {
-            "measure": measure,
-            "on_alarm": on_alarm,
-            "targets": targets,
-            "exclude": exclude,
-            "cuts": cuts,
-            "blocks": blocks,
-            "thresholds": thresholds,
-            "cooldown": cooldown,
-            "stop": stop,
-            "rule": rule,
-            "per_matrix": per_matrix,
-        }
+    def __post_init__(self) -> None:
+        super().__post_init__()
         self._monitor: Monitor | None = None
         self._handles: list[RemovableHandle] = []
         self._state: dict[str, Any] | None = None
+        self._begin_batch()
+
+    def _begin_batch(self) -> None:
         self._has_tried = False  # to step, in the batch at hand
         self._completed = 0  # optimizer steps in the batch at hand
         self._losses: list[Tensor] = []  # of the batches that make up a step
@@ -229,24 +159,27 @@ class StabilityMonitor(Callback):
 
     @property
     def state_key(self) -> str:
-        """One key per settings, so that a checkpoint holds the states of several monitors."""
-        return self._generate_state_key(**self._settings)
+        """One key per subject, so that a checkpoint holds the states of several monitors."""
+        return self._generate_state_key(**self.subject)
 
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Selects what to measure; by now the optimizers exist and a checkpoint has been loaded."""
         _refuse_flat_weights(self, trainer)
         self._detach()
-        monitor = Monitor(pl_module, **self._settings)
+        monitor = Monitor(pl_module, **self.arguments())
         monitor.steps = trainer.global_step // max(1, len(trainer.optimizers))
-        if self._state is not None and trainer.global_step > 0:
-            monitor.load_state_dict(self._state)
+        if trainer.global_step > 0:
+            if self._state is None:
+                rank_zero_info("monitor: the checkpoint holds no state of this monitor, whose history starts anew")
+            else:
+                monitor.load_state_dict(self._state)
 
         def count(optimizer: Optimizer, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
             self._completed += not was_skipped(optimizer)
 
         self._handles = [optimizer.register_step_post_hook(count) for optimizer in trainer.optimizers[:1]]
         self._monitor = monitor
-        self._has_tried, self._completed, self._losses, self._grad_norm = False, 0, [], None
+        self._begin_batch()
         for writer in _tensorboard_writers(trainer):
             tensorboard.add_layout(writer)
         rank_zero_info(monitor.describe())
@@ -267,11 +200,8 @@ class StabilityMonitor(Callback):
         self._has_tried = True
         if not self._monitor.reads_next:
             return
-        norm = grad_norm(parameter for group in optimizer.param_groups for parameter in group["params"])
-        scaler = getattr(trainer.precision_plugin, "scaler", None)
-        if norm is not None and scaler is not None and getattr(optimizer, "_step_supports_amp_scaling", False):
-            norm = norm / scaler.get_scale()  # fused optimizers unscale by themselves, later
-        self._grad_norm = norm
+        parameters = (parameter for group in optimizer.param_groups for parameter in group["params"])
+        self._grad_norm = grad_norm(parameters, gradient_scale(trainer, optimizer))
 
     def on_train_batch_end(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, outputs: Any, batch: Any, batch_idx: int
@@ -286,7 +216,7 @@ class StabilityMonitor(Callback):
             return
         mean = sum(self._losses) / len(self._losses) if self._losses else None
         steps, norm = self._completed, self._grad_norm  # no step if a gradient scaler has skipped it
-        self._has_tried, self._completed, self._losses, self._grad_norm = False, 0, [], None
+        self._begin_batch()
         for _ in range(steps):
             self._write(trainer, self._monitor.end(mean, norm))
 
@@ -309,7 +239,7 @@ class StabilityMonitor(Callback):
             tensorboard.add_reading(writer, reading)
         if trainer.is_global_zero and (text := reading.describe()):
             log.warning(text)
-        if reading.calls_for_action and self._settings["on_alarm"] == "stop":
+        if reading.calls_for_action and self.on_alarm == "stop":
             trainer.should_stop = True
 
     def _detach(self) -> None:
@@ -336,7 +266,7 @@ class StabilityMonitor(Callback):
         self._state = None
 
 
-class SpikeNoMoreCallback(Callback):
+class SpikeNoMoreCallback(SpikeNoMoreSettings, Callback):
     """Prepares a new model for stable pre-training (Spike No More, arXiv 2312.16903).
 
     *Small sub-layers*: before fitting, the token embedding (of width d) and the matrices of attention and MLP are drawn
@@ -356,35 +286,12 @@ class SpikeNoMoreCallback(Callback):
 
         trainer = Trainer(callbacks=[SpikeNoMoreCallback()])
 
-    Args:
-        shortcut: "scaled_embed" (× √d), "embed_ln" (LayerNorm), or None for a model whose embeddings are large already.
-        init: Whether to draw the weights anew; False for a model that holds trained weights.
-        embedding: Name of the module that embeds the tokens, as in `named_modules()` of the LightningModule; None to
-            find it.
-        targets: The matrices to draw: "all_2d" or globs over parameter names.
-        outputs: Globs for the matrices that write to the residual stream; None to find them.
-        n_layers: N; None for the number of attentions.
+    The arguments are those of `SpikeNoMoreSettings`; the embedding's name is that in the LightningModule.
 
     Raises:
         ValueError: An argument is out of its range; or in `setup`, the embedding, the matrices or their outputs can't
             be identified, or a callback that averages weights comes before this one.
     """
-
-    def __init__(
-        self,
-        shortcut: Shortcut | None = "scaled_embed",
-        *,
-        init: bool = True,
-        embedding: str | None = None,
-        targets: str | Sequence[str] = "all_2d",
-        outputs: str | Sequence[str] | None = None,
-        n_layers: int | None = None,
-    ) -> None:
-        check_settings(shortcut, n_layers)
-        self._shortcut = shortcut
-        self._init = init
-        self._embedding = embedding
-        self._settings: dict[str, Any] = {"targets": targets, "outputs": outputs, "n_layers": n_layers}
 
     def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
         """Prepares the model."""
@@ -395,20 +302,27 @@ class SpikeNoMoreCallback(Callback):
                 name = type(callback).__name__
                 raise ValueError(f"SpikeNoMoreCallback must come before {name} in callbacks, got it after")
         if stage == "fit":
-            report = spike_no_more_(
-                pl_module, self._shortcut, init=self._init, embedding=self._embedding, **self._settings
-            )
-            rank_zero_info(report.describe())
+            rank_zero_info(spike_no_more_(pl_module, **self.arguments()).describe())
         else:
             # The weights in hand may be new or trained: a fit that follows may still draw them.
-            add_shortcut_(pl_module, self._shortcut, embedding=self._embedding)
+            add_shortcut_(pl_module, self.shortcut, embedding=self.embedding)
 
     def on_validation_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Sees to it that weights which the trainer has loaded to evaluate them stay, if it fits them later."""
         if trainer.ckpt_path is not None:
-            spike_no_more_(pl_module, self._shortcut, init=False, embedding=self._embedding)
+            spike_no_more_(pl_module, self.shortcut, init=False, embedding=self.embedding)
 
     on_test_start = on_predict_start = on_validation_start
+
+
+def gradient_scale(trainer: pl.Trainer, optimizer: Optimizer) -> float:
+    """What the gradients are still multiplied by in `on_before_optimizer_step`.
+
+    Lightning has unscaled them by then, but for those of fused optimizers, which unscale by themselves, later.
+    """
+    scaler = getattr(trainer.precision_plugin, "scaler", None)
+    is_scaled = scaler is not None and getattr(optimizer, "_step_supports_amp_scaling", False)
+    return float(scaler.get_scale()) if scaler is not None and is_scaled else 1.0
 
 
 def _refuse_flat_weights(callback: Callback, trainer: pl.Trainer) -> None:

@@ -195,10 +195,13 @@ class CollapseDetector:
         return {"losses": self._losses.tolist(), "best": self._best, "active": [list(key) for key in self._active]}
 
     def load_state_dict(self, state_dict: Mapping[str, Any]) -> None:
-        """Continues from a saved state."""
+        """Continues from a saved state. An alarm that is turned off now is not active any more."""
         self._losses = _plain(state_dict["losses"])
         self._best = state_dict["best"]
-        self._active = {(kind, name): None for kind, name in state_dict["active"]}
+        thresholds = {"loss_spike": self.spike, "loss_outlier": self.z_score, "stall": self.stall}
+        thresholds |= {"stable_rank": self.stable_rank, "sign_diversity": self.sign_diversity}
+        off = {kind for kind, threshold in thresholds.items() if threshold is None}
+        self._active = {(kind, name): None for kind, name in state_dict["active"] if kind not in off}
 
 
 def _plain(values: Sequence[float]) -> Tensor:

@@ -22,9 +22,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.parallel import DistributedDataParallel
 from torch.utils._pytree import tree_map
 
-from msign_lightning.eager import uncompiled
-
-__all__ = ["BlockJacobians", "JacobianReport"]
+__all__ = ["BlockJacobians", "JacobianReport", "uncompiled"]
 
 # Share of fresh noise in a warm start, which therefore can't stay orthogonal to a direction that has grown since.
 _FRESH_NOISE = 0.1
@@ -335,6 +333,31 @@ def _undisturbed(model: nn.Module) -> Iterator[None]:
         finally:
             for module, mode in modes.items():
                 module.training = mode
+
+
+# --- uncompiled ---------------------------------------------------------------------------------------------------
+
+_stance = ExitStack()
+_inside = 0
+
+
+@contextmanager
+def uncompiled() -> Iterator[None]:
+    """Compiled code runs uncompiled within, so that forward hooks are called; no graph is compiled anew.
+
+    `torch.compiler.set_stance` puts back what it found, so two that overlap must end in reverse order. These may end in
+    any order, as hooks do which are armed and disarmed one by one.
+    """
+    global _inside
+    if not _inside:
+        _stance.enter_context(torch.compiler.set_stance("force_eager"))
+    _inside += 1
+    try:
+        yield
+    finally:
+        _inside -= 1
+        if not _inside:
+            _stance.close()
 
 
 # --- which modules are blocks ------------------------------------------------------------------------------------

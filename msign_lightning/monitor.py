@@ -2,33 +2,27 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
-from inspect import signature
 from itertools import groupby
-from types import NoneType
-from typing import Any, Literal, get_args
+from typing import Any
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
-from msign_lightning.collapse import Alarm, CollapseDetector
-from msign_lightning.diagnostics import Alignment, SpectralAlignment, Spectrum, SpectrumMonitor
+from msign_lightning.alignment import Alignment, SpectralAlignment
+from msign_lightning.collapse import Alarm
 from msign_lightning.jacobian import BlockJacobians
-from msign_lightning.linalg import Rule, check_options
-from msign_lightning.restoration import Report, Restoration, matrix_names
-from msign_lightning.schedule import check_integer
-from msign_lightning.sharding import gather
-from msign_lightning.targets import Cut
+from msign_lightning.matrices import gather
+from msign_lightning.restoration import Report, Restorer
+from msign_lightning.settings import MonitorSettings, Quantity, with_settings
+from msign_lightning.spectrum import Spectrum, SpectrumMonitor
+from msign_lightning.targets import select_targets
 
-__all__ = ["Monitor", "OnAlarm", "Quantity", "Reading", "check_monitor", "grad_norm"]
+__all__ = ["Monitor", "Reading", "grad_norm"]
 
-Quantity = Literal["stable_rank", "spectral_alignment", "jacobian_alignment"]
-OnAlarm = Literal["log", "stop", "restore"]
-
-DEFAULT_MEASURE: dict[Quantity, int] = {"stable_rank": 100, "spectral_alignment": 200}
 JACOBIAN_SEQUENCES = 2
 JACOBIAN_ITERATIONS = 8
 READ_INTERVAL = 10
@@ -109,52 +103,29 @@ class Monitor:
 
     Args:
         model: The model. It must be final: cast, wrapped and sharded as it is trained.
-        measure: Quantity → cadence in optimizer steps; None for stable rank every 100, spectral alignment every 200.
-        on_alarm: "log"; "stop", which is left to the caller; or "restore".
-        targets: "attention", "mlp", "all_2d" (both), or globs over parameter names.
-        exclude: Globs over parameter names to leave out.
-        cuts: Globs over parameter names → `Cut`, for fused parameters whose layout cannot be known.
-        blocks: Names or globs of the blocks for the Jacobians; None to find them.
-        thresholds: Arguments of `CollapseDetector` that differ from its defaults; None turns an alarm off.
-        cooldown: Optimizer steps for which a restored matrix is left alone.
-        stop: Last step at which a matrix may be restored; None for no end.
-        rule: How matrices are restored: "msign" or "cap"; see `restore`.
-        per_matrix: Whether to log values per matrix and block besides summaries.
+        settings: The arguments of `MonitorSettings`, `measure` and `on_alarm` first. "stop" is left to the caller.
 
     Raises:
         ValueError: An argument is out of its range, nothing is selected, or there are no blocks for the Jacobians.
     """
 
-    def __init__(
-        self,
-        model: nn.Module,
-        measure: Mapping[Quantity, int] | None = None,
-        on_alarm: OnAlarm = "log",
-        *,
-        targets: str | Sequence[str] = "all_2d",
-        exclude: str | Sequence[str] = (),
-        cuts: Mapping[str, Cut] | None = None,
-        blocks: str | Sequence[str] | None = None,
-        thresholds: Mapping[str, float | None] | None = None,
-        cooldown: int = 100,
-        stop: int | None = None,
-        rule: Rule = "msign",
-        per_matrix: bool = False,
-    ) -> None:
-        check_monitor(measure, on_alarm, thresholds, cooldown, stop, rule)
-        self.measure = dict(DEFAULT_MEASURE if measure is None else measure)
-        self.on_alarm, self.cooldown, self.stop, self.per_matrix = on_alarm, cooldown, stop, per_matrix
-        self.detector = _detector(thresholds)
-        self._spectra = self._alignment = self._jacobians = self._restoration = None
-        selection: dict[str, Any] = {"targets": targets, "exclude": exclude, "cuts": cuts}
-        if self.measure.keys() & {"stable_rank", "spectral_alignment"}:
-            self._spectra = SpectrumMonitor(model, **selection)
-        if "spectral_alignment" in self.measure:
-            self._alignment = SpectralAlignment(model, **selection)
+    @with_settings(MonitorSettings)
+    def __init__(self, model: nn.Module, settings: MonitorSettings) -> None:
+        self.settings = settings
+        self.measure = settings.cadences
+        self.detector = settings.detector()
+        self._spectra = self._alignment = self._jacobians = self._restorer = None
+        weights = self.measure.keys() & {"stable_rank", "spectral_alignment"}
+        if weights or settings.on_alarm == "restore":
+            targets = select_targets(model, settings.targets, exclude=settings.exclude, cuts=settings.cuts)
+            if weights:
+                self._spectra = SpectrumMonitor(targets)
+            if "spectral_alignment" in weights:
+                self._alignment = SpectralAlignment(model, targets)
+            if settings.on_alarm == "restore":
+                self._restorer = Restorer(targets, rule=settings.rule)
         if "jacobian_alignment" in self.measure:
-            self._jacobians = BlockJacobians(model, blocks, iterations=JACOBIAN_ITERATIONS)
-        if on_alarm == "restore":
-            self._restoration = Restoration(model, rule=rule, **selection)
+            self._jacobians = BlockJacobians(model, settings.blocks, iterations=JACOBIAN_ITERATIONS)
         self.steps = 0
         self._due: frozenset[Quantity] | None = None  # what is measured in the step that has begun
         self._stride = 1  # steps since the last `begin`, several where an optimizer steps several times a batch
@@ -234,16 +205,16 @@ class Monitor:
         spectrum, alignment = self._spectrum, None
         self._spectrum = None
         if spectrum is not None:
-            metrics |= spectrum.metrics(per_matrix=self.per_matrix)
+            metrics |= spectrum.metrics(per_matrix=self.settings.per_matrix)
         if self._alignment is not None and "spectral_alignment" in due:
             alignment = self._alignment.result()
             if dist.is_initialized():
                 alignment = alignment.all_reduce()
-            metrics |= alignment.metrics(per_matrix=self.per_matrix)
+            metrics |= alignment.metrics(per_matrix=self.settings.per_matrix)
         if self._jacobians is not None and "jacobian_alignment" in due:
             jacobian = self._jacobians.result()
             if jacobian is not None:
-                metrics |= jacobian.metrics(per_block=self.per_matrix)
+                metrics |= jacobian.metrics(per_block=self.settings.per_matrix)
 
         alarms: list[Alarm] = []
         for step, (loss, norm) in enumerate(history, self.steps - len(history) + 1):
@@ -264,7 +235,8 @@ class Monitor:
 
     def _restore(self, due: frozenset[Quantity]) -> Report | None:
         """Restores the matrices whose alarm is on and that were seen just now, but for those that cool down."""
-        if self._restoration is None or (self.stop is not None and self.steps > self.stop):
+        restorer, stop, cooldown = self._restorer, self.settings.stop, self.settings.cooldown
+        if restorer is None or (stop is not None and self.steps > stop):
             return None
         kinds = {"stall"}
         kinds |= {"stable_rank"} if due & {"stable_rank", "spectral_alignment"} else set()
@@ -272,20 +244,20 @@ class Monitor:
         names: set[str] = set()
         for kind, name in self.detector.active:
             if kind in kinds:
-                names |= {name} if name != "loss" else {m for t in self._restoration.targets for m in matrix_names(t)}
-        ready = {m for m in names if self.steps >= self._restored_at.get(m, -self.cooldown) + self.cooldown}
+                names |= {name} if name != "loss" else {m for target in restorer.targets for m in target.matrix_names}
+        ready = {m for m in names if self.steps >= self._restored_at.get(m, -cooldown) + cooldown}
         if not ready:
             return None
-        self._restoration.load_state_dict({"steps": [self.steps]})
         self._restored_at |= dict.fromkeys(sorted(ready), self.steps)
         self.detector.clear(ready)
-        return self._restoration.apply(names=ready)
+        return restorer.apply(ready, step=self.steps)
 
     def describe(self) -> str:
         """One line for a log: what is measured, how often, and what an alarm does."""
         count = 0 if self._spectra is None else sum(target.count for target in self._spectra.targets)
         quantities = ", ".join(f"{quantity} every {every} steps" for quantity, every in self.measure.items())
-        action = f"restore (cool-down {self.cooldown} steps)" if self.on_alarm == "restore" else self.on_alarm
+        action: str = self.settings.on_alarm
+        action += f" (cool-down {self.settings.cooldown} steps)" if action == "restore" else ""
         return f"monitor: {quantities or 'loss and gradient norm'}; {count} matrices; on alarm: {action}"
 
     def state_dict(self) -> dict[str, Any]:
@@ -312,43 +284,15 @@ class Monitor:
             self._spectra.load_state_dict(state_dict["spectra"])
 
 
-def check_monitor(
-    measure: Mapping[Quantity, int] | None,
-    on_alarm: OnAlarm,
-    thresholds: Mapping[str, float | None] | None,
-    cooldown: int,
-    stop: int | None,
-    rule: Rule,
-) -> None:
-    """Raises ValueError if an argument of `Monitor` that concerns no model is out of its range."""
-    if not isinstance(measure, (Mapping, NoneType)):
-        raise ValueError(f"measure must map quantities to cadences in optimizer steps, got {measure!r}")
-    for quantity, every in (measure or {}).items():
-        if quantity not in get_args(Quantity):
-            raise ValueError(f"measure must hold only {', '.join(get_args(Quantity))}, got {quantity!r}")
-        check_integer(f"the cadence of {quantity} in measure", every, 1, "optimizer steps")
-    if on_alarm not in get_args(OnAlarm):
-        raise ValueError(f"on_alarm must be one of {', '.join(get_args(OnAlarm))}, got {on_alarm!r}")
-    _detector(thresholds)
-    check_integer("cooldown", cooldown, 1, "optimizer steps")
-    if stop is not None:
-        check_integer("stop", stop, 1, "optimizer steps")
-    check_options(rule=rule)
-
-
-def _detector(thresholds: Mapping[str, float | None] | None) -> CollapseDetector:
-    arguments: dict[str, Any] = dict(thresholds or {})
-    known = signature(CollapseDetector).parameters
-    if unknown := [name for name in arguments if name not in known]:
-        raise ValueError(f"thresholds must hold only {', '.join(known)}, got {unknown[0]!r}")
-    return CollapseDetector(**arguments)
-
-
 @torch.no_grad()
-def grad_norm(parameters: Iterable[nn.Parameter]) -> Tensor | None:
+def grad_norm(parameters: Iterable[nn.Parameter], scale: float = 1.0) -> Tensor | None:
     """√Σ‖g‖² over the gradients g of the parameters, on their device; None if there are none.
 
     For sharded gradients it is a collective.
+
+    Args:
+        parameters: Those whose gradients to take.
+        scale: What the gradients are multiplied by, where a gradient scaler has not unscaled them yet.
     """
     alike: dict[object, list[Tensor]] = {}  # only tensors of one mesh can be stacked
     for parameter in parameters:
@@ -356,7 +300,7 @@ def grad_norm(parameters: Iterable[nn.Parameter]) -> Tensor | None:
             mesh = gradient.device_mesh if isinstance(gradient, DTensor) else None
             alike.setdefault(mesh, []).append(gradient)
     norms = [gather(torch.nn.utils.get_total_norm(gradients)) for gradients in alike.values()]
-    return torch.nn.utils.get_total_norm(norms) if norms else None
+    return torch.nn.utils.get_total_norm(norms) / scale if norms else None
 
 
 def _agreed(loss: Tensor | float | None, norm: Tensor | float | None, device: torch.device) -> Tensor:

@@ -15,6 +15,7 @@ import math
 import re
 from collections.abc import Iterable, Sequence
 from contextlib import suppress
+from dataclasses import KW_ONLY, dataclass
 from fnmatch import fnmatchcase
 from functools import partial
 from typing import Any, Literal, NamedTuple, cast, get_args
@@ -22,9 +23,10 @@ from typing import Any, Literal, NamedTuple, cast, get_args
 import torch
 from torch import Tensor, nn
 
+from msign_lightning.settings import Settings, with_settings
 from msign_lightning.targets import Cut, Target, select_targets
 
-__all__ = ["Shortcut", "SpikeNoMoreReport", "add_shortcut_", "check_settings", "spike_no_more_"]
+__all__ = ["Shortcut", "SpikeNoMoreReport", "SpikeNoMoreSettings", "add_shortcut_", "spike_no_more_"]
 
 Shortcut = Literal["scaled_embed", "embed_ln"]
 
@@ -63,16 +65,39 @@ class SpikeNoMoreReport(NamedTuple):
         return f"Spike No More: {drawn}; shortcut {self.shortcut or 'none'} on {self.embedding}"
 
 
-def spike_no_more_(
-    model: nn.Module,
-    shortcut: Shortcut | None = "scaled_embed",
-    *,
-    init: bool = True,
-    embedding: str | None = None,
-    targets: str | Sequence[str] = "all_2d",
-    outputs: str | Sequence[str] | None = None,
-    n_layers: int | None = None,
-) -> SpikeNoMoreReport:
+@dataclass(eq=False)
+class SpikeNoMoreSettings(Settings):
+    """How a new model is prepared.
+
+    Args:
+        shortcut: "scaled_embed" (× √d), "embed_ln" (LayerNorm), or None for a model whose embeddings are already large,
+            such as Gemma.
+        init: Whether to draw the weights anew; False for a model that holds trained weights.
+        embedding: Name of the module that embeds the tokens, as in `named_modules()`; None to find it.
+        targets: The matrices to draw: "all_2d" or globs over parameter names; see `select_targets`.
+        outputs: Globs over parameter names, for those matrices that write to the residual stream; None to find them.
+        n_layers: N; None for the number of attentions.
+
+    Raises:
+        ValueError: An argument is out of its range.
+    """
+
+    shortcut: Shortcut | None = "scaled_embed"
+    _: KW_ONLY
+    init: bool = True
+    embedding: str | None = None
+    targets: str | Sequence[str] = "all_2d"
+    outputs: str | Sequence[str] | None = None
+    n_layers: int | None = None
+
+    def __post_init__(self) -> None:
+        _check_shortcut(self.shortcut)
+        if self.n_layers is not None and (not isinstance(self.n_layers, int) or self.n_layers < 1):
+            raise ValueError(f"n_layers must be a positive integer, got {self.n_layers!r}")
+
+
+@with_settings(SpikeNoMoreSettings)
+def spike_no_more_(model: nn.Module, settings: SpikeNoMoreSettings) -> SpikeNoMoreReport:
     """Prepares a new model for stable pre-training (Spike No More, arXiv 2312.16903), in place.
 
     *Small sub-layers*: the token embedding (V, d) and the matrices of attention and MLP are drawn from N(0, 2/(5d)),
@@ -90,12 +115,7 @@ def spike_no_more_(
 
     Args:
         model: The model, as a rule bare: before it is compiled, wrapped or sharded, and before its optimizer is made.
-        shortcut: "scaled_embed", "embed_ln", or None for a model whose embeddings are already large, such as Gemma.
-        init: Whether to draw the weights anew.
-        embedding: Name of the module that embeds the tokens, as in `named_modules()`; None to find it.
-        targets: The matrices to draw: "all_2d" or globs over parameter names; see `select_targets`.
-        outputs: Globs over parameter names, for those matrices that write to the residual stream; None to find them.
-        n_layers: N; None for the number of attentions.
+        settings: The arguments of `SpikeNoMoreSettings`, `shortcut` first.
 
     Returns:
         What was done.
@@ -104,19 +124,20 @@ def spike_no_more_(
         ValueError: An argument is out of its range, the weights are trained, or the embedding, the matrices or their
             outputs can't be identified. The model is unchanged then.
     """
-    check_settings(shortcut, n_layers)
-    name, module = _find_embedding(model, embedding)
-    _check_free(module, shortcut)
+    name, module = _find_embedding(model, settings.embedding)
+    _check_free(module, settings.shortcut)
     width = _width(module)
     std = output_std = math.sqrt(2 / (5 * width))
     matrices: list[Target] = []
     writers: list[Target] = []
-    if init and "init" not in _done(module):
+    if settings.init and "init" not in _done(module):
         _check_new(model)
-        matrices = select_targets(model, targets, cuts={"*": Cut()})  # the whole of a fused matrix is drawn alike
-        writers = _find_outputs(matrices, outputs)
+        matrices = select_targets(
+            model, settings.targets, cuts={"*": Cut()}
+        )  # the whole of a fused matrix is drawn alike
+        writers = _find_outputs(matrices, settings.outputs)
         _check_width(writers, width, name)
-        output_std = std / math.sqrt(2 * (n_layers or _count_layers(writers)))
+        output_std = std / math.sqrt(2 * (settings.n_layers or _count_layers(writers)))
         for target in matrices:
             nn.init.normal_(target.parameter, std=output_std if target in writers else std)
         _draw_embedding_(module, std)
@@ -127,7 +148,7 @@ def spike_no_more_(
         output_std,
         tuple(target.name for target in matrices),
         tuple(target.name for target in writers),
-        add_shortcut_(model, shortcut, embedding=name),
+        add_shortcut_(model, settings.shortcut, embedding=name),
     )
 
 
@@ -154,7 +175,7 @@ def add_shortcut_(
     Raises:
         ValueError: The model has the other shortcut, or its embedding can't be identified.
     """
-    check_settings(shortcut, None)
+    _check_shortcut(shortcut)
     _, module = _find_embedding(model, embedding)
     _check_free(module, shortcut)
     if shortcut is not None and shortcut not in _done(module):
@@ -169,12 +190,9 @@ def add_shortcut_(
     return _shortcut_of(module)
 
 
-def check_settings(shortcut: str | None, n_layers: int | None) -> None:
-    """Raises ValueError if one of the values that do not depend on a model is out of its range."""
+def _check_shortcut(shortcut: str | None) -> None:
     if shortcut is not None and shortcut not in get_args(Shortcut):
         raise ValueError(f"shortcut must be one of {get_args(Shortcut)} or None, got {shortcut!r}")
-    if n_layers is not None and (not isinstance(n_layers, int) or n_layers < 1):
-        raise ValueError(f"n_layers must be a positive integer, got {n_layers!r}")
 
 
 # --- the shortcut ------------------------------------------------------------------------------------------------

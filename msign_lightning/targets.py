@@ -143,6 +143,11 @@ class Target:
         return math.prod(self.parameter.shape[:-2])
 
     @property
+    def matrix_names(self) -> tuple[str, ...]:
+        """One name per matrix: the target's, numbered in a stack of experts."""
+        return (self.name,) if self.count == 1 else tuple(f"{self.name}.{i}" for i in range(self.count))
+
+    @property
     def svd_flops(self) -> int:
         """FLOPs of one restoration by SVD as the paper counts them: 2mn·min(m, n) + 11·min(m, n)³ per matrix.
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from typing import TYPE_CHECKING
+from weakref import WeakKeyDictionary
 
 import torch
 
@@ -17,6 +18,7 @@ APPLICATION = "marks/applications"
 ALARM = "marks/alarms"
 
 _MARKS = [APPLICATION, ALARM]
+_last_marks: WeakKeyDictionary[SummaryWriter, dict[str, int]] = WeakKeyDictionary()
 
 
 def _low_and_mean(quantity: str, mean: str) -> dict[str, list[object]]:
@@ -46,10 +48,16 @@ def add_layout(writer: SummaryWriter) -> None:
 
 
 def add_mark(writer: SummaryWriter, tag: str, *steps: int) -> None:
-    """Marks steps by ticks from 0 to 1. TensorBoard shows one value a step, so feet take the steps beside."""
-    heights = {at: 0.0 for step in steps for at in (step - 1, step + 1)} | dict.fromkeys(steps, 1.0)
+    """Marks steps by ticks from 0 to 1. TensorBoard shows one value a step, so feet take the steps beside.
+
+    Steps of later calls come later; where the one before is marked too, it keeps its mark.
+    """
+    last = _last_marks.setdefault(writer, {})
+    feet = {at: 0.0 for step in steps for at in (step - 1, step + 1) if at != last.get(tag)}
+    heights = feet | dict.fromkeys(steps, 1.0)
     for at in sorted(heights):
         writer.add_scalar(tag, heights[at], at)  # type: ignore[no-untyped-call]
+    last.update({tag: max(steps)} if steps else {})
 
 
 def add_reading(writer: SummaryWriter, reading: Reading) -> None:

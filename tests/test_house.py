@@ -22,10 +22,12 @@ MAY_IMPORT = {
 """Which of our packages a package may import, besides itself."""
 
 LAYERS = (
-    ("linalg", "eager"),
-    ("targets", "schedule", "sharding", "collapse"),
-    ("restoration", "spike_no_more"),
-    ("diagnostics", "jacobian"),
+    ("polar_express",),
+    ("linalg", "collapse"),
+    ("targets",),
+    ("matrices", "settings"),
+    ("restoration", "spike_no_more", "spectrum", "jacobian"),
+    ("alignment",),
     ("monitor",),
     ("tensorboard",),
     ("callbacks",),

@@ -35,11 +35,12 @@ from torch.distributed.fsdp import fully_shard
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from msign_lightning import Restoration, restore
+from msign_lightning import Restoration, restore, select_targets
+from msign_lightning.alignment import SpectralAlignment
 from msign_lightning.collapse import Alarm
-from msign_lightning.diagnostics import SpectralAlignment, SpectrumMonitor
 from msign_lightning.jacobian import BlockJacobians
 from msign_lightning.monitor import Monitor, Reading, grad_norm
+from msign_lightning.spectrum import SpectrumMonitor
 
 ALL = {"stable_rank": 3, "spectral_alignment": 4, "jacobian_alignment": 12}
 
@@ -139,8 +140,8 @@ def test_readings_are_those_of_the_weights_before_the_step(make):
             found = {name: reading.metrics[f"stable_rank/{name}"] for name in expected}
             assert found == pytest.approx(expected, rel=0.03)
         if reading.alignment is not None:
-            exact = SpectralAlignment(model)
-            with exact.armed(SpectrumMonitor(model, exact=True).measure()):
+            exact = SpectralAlignment(model, select_targets(model))
+            with exact.armed(SpectrumMonitor(select_targets(model), exact=True).measure()):
                 loss_of(model, batch(step))
             for mine, its in zip(reading.alignment.matrices, exact.result().matrices, strict=True):
                 assert mine.tokens == 48
@@ -250,7 +251,7 @@ class RefuseFloat64(TorchDispatchMode):
 
 def test_measuring_needs_no_float64():
     model = recipe()
-    spectra, alignment = SpectrumMonitor(model), SpectralAlignment(model)
+    spectra, alignment = SpectrumMonitor(select_targets(model)), SpectralAlignment(model, select_targets(model))
     with RefuseFloat64():
         with alignment.armed(spectra.measure()):
             loss_of(model, batch(0)).backward()

@@ -12,8 +12,7 @@ from torch import Tensor, nn
 from torch.profiler import ProfilerActivity, profile
 from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM
 
-from msign_lightning import Restoration, Schedule, restore, select_targets, stable_rank
-from msign_lightning import restoration as restoration_module
+from msign_lightning import Restoration, Schedule, matrices, restore, select_targets, stable_rank
 
 
 def llama(dtype: torch.dtype = torch.float32) -> LlamaForCausalLM:
@@ -235,7 +234,7 @@ def test_zero_matrix_stays_zero():
 def test_small_chunks_give_the_same_weights(monkeypatch):
     whole, chunked = llama(), llama()
     Restoration(whole, method="svd").apply()
-    monkeypatch.setattr(restoration_module, "CHUNK_ELEMENTS", 1)
+    monkeypatch.setattr(matrices, "CHUNK_ELEMENTS", 1)
     report = Restoration(chunked, method="svd").apply()
     assert len(report.matrices) == 14
     assert_same(weights(whole), weights(chunked))
@@ -246,7 +245,7 @@ def test_small_chunks_give_the_same_weights(monkeypatch):
 def test_an_application_needs_at_most_three_chunks_of_memory(rule, method, monkeypatch, tmp_path):
     model = nn.ModuleDict({"mlp": nn.Sequential(*(nn.Linear(256, 256, bias=False) for _ in range(24)))})
     chunk_bytes = 8 * 256 * 256 * 4
-    monkeypatch.setattr(restoration_module, "CHUNK_ELEMENTS", chunk_bytes // 4)
+    monkeypatch.setattr(matrices, "CHUNK_ELEMENTS", chunk_bytes // 4)
     restoration = Restoration(model, rule=rule, method=method)
     restoration.apply()
     with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:

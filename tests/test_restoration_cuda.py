@@ -4,8 +4,7 @@ import pytest
 import torch
 from torch import nn
 
-from msign_lightning import Restoration
-from msign_lightning import restoration as restoration_module
+from msign_lightning import Restoration, matrices
 
 pytestmark = pytest.mark.gpu
 
@@ -35,7 +34,7 @@ def test_same_as_on_the_cpu(rule, width, tolerance):
 def test_an_application_needs_at_most_three_chunks_of_memory(rule, monkeypatch):
     model = mlp(1024, 12).cuda()
     chunk_bytes = 4 * 1024 * 1024 * 4
-    monkeypatch.setattr(restoration_module, "CHUNK_ELEMENTS", chunk_bytes // 4)
+    monkeypatch.setattr(matrices, "CHUNK_ELEMENTS", chunk_bytes // 4)
     restoration = Restoration(model, rule=rule, method="polynomial_tf32")
     restoration.apply()  # libraries' workspaces are allocated once
     torch.cuda.reset_peak_memory_stats()

@@ -35,8 +35,8 @@ from torch._dynamo import eval_frame
 from torch.utils.tensorboard import SummaryWriter
 
 from msign_lightning import MSignCallback, StabilityMonitor
+from msign_lightning.alignment import Alignment
 from msign_lightning.collapse import Alarm
-from msign_lightning.diagnostics import Alignment
 from msign_lightning.jacobian import BlockJacobians
 from msign_lightning.monitor import Reading
 from msign_lightning.tensorboard import add_reading

@@ -14,12 +14,11 @@ from composer.loggers import Logger, TensorboardLogger
 from composer.utils import dist, ensure_tuple
 from torch import nn
 from torch.optim import Optimizer
-from torch.utils.hooks import RemovableHandle
 
 from msign_lightning import tensorboard
-from msign_lightning.linalg import Method, Rule, check_options
+from msign_lightning.linalg import Method, Rule
 from msign_lightning.restoration import Report, Restoration
-from msign_lightning.schedule import Schedule
+from msign_lightning.settings import RestorationSettings
 from msign_lightning.targets import Cut, EmptySelectionError
 
 log = logging.getLogger(__name__)
@@ -47,12 +46,12 @@ def apply_msign(
 
     Args:
         model: The model that holds the matrices; if it is sharded, every rank must call this.
-        targets: "attention", "mlp", "all_2d" (both), or globs over parameter names.
-        rule: "msign" (Eq. 14), or "cap", which only lifts the stable rank to that of a random matrix.
-        method: How the matrix sign is computed: "auto" picks by device and size, "svd" is exact in fp64.
-        rtol: Singular values below rtol · σ₁ count as zero; None for the default of the weights' dtype.
+        targets: As of `MSign`, and so are the others.
+        rule: "msign" or "cap".
+        method: How the matrix sign is computed.
+        rtol: Singular values below rtol · σ₁ count as zero.
         exclude: Globs over parameter names to leave out.
-        cuts: Globs over parameter names → `Cut`, for fused parameters whose layout cannot be known.
+        cuts: Globs over parameter names → `Cut`.
 
     Returns:
         What was done to which matrix; its `step` is 0, for no optimizer step was counted.
@@ -70,7 +69,7 @@ def apply_msign(
     return restoration.apply()
 
 
-class MSign(Algorithm):
+class MSign(RestorationSettings, Algorithm):
     """Restores the stable rank of weight matrices every `period` optimizer steps (MSign, arXiv 2602.01734).
 
     After optimizer steps P, 2P, 3P, … each target W becomes ‖W‖_F · UVᵀ / ‖UVᵀ‖_F (Eq. 14), where W = USVᵀ is its
@@ -93,54 +92,17 @@ class MSign(Algorithm):
 
         trainer = Trainer(..., algorithms=[MSign(period=100)])
 
-    Args:
-        period: P, the number of optimizer steps between two applications.
-        targets: "attention", "mlp", "all_2d" (both), or globs over parameter names.
-        rule: "msign" (Eq. 14), or "cap", which only lifts the stable rank to that of a random matrix.
-        method: How the matrix sign is computed: "auto" picks by device and size, "svd" is exact in fp64.
-        rtol: Singular values below rtol · σ₁ count as zero; None for the default of the weights' dtype.
-        exclude: Globs over parameter names to leave out.
-        cuts: Globs over parameter names → `Cut`, for fused parameters whose layout cannot be known.
-        start: First step at which an application may happen.
-        stop: Last step at which an application may happen; None for no end.
+    The arguments are those of `msign_lightning.settings.RestorationSettings`.
 
     Raises:
         ValueError: An argument is out of its range; or when fitting starts, a glob matches nothing.
         RuntimeError: When fitting starts under FSDP1, which keeps no matrix in one piece.
     """
 
-    def __init__(
-        self,
-        period: int = 100,
-        targets: str | Sequence[str] = "all_2d",
-        *,
-        rule: Rule = "msign",
-        method: Method = "auto",
-        rtol: float | None = None,
-        exclude: str | Sequence[str] = (),
-        cuts: Mapping[str, Cut] | None = None,
-        start: int = 0,
-        stop: int | None = None,
-    ) -> None:
-        Schedule(period, start, stop)
-        check_options(rule=rule, method=method, rtol=rtol)
-        self._settings: dict[str, Any] = {
-            "period": period,
-            "targets": targets,
-            "rule": rule,
-            "method": method,
-            "rtol": rtol,
-            "exclude": exclude,
-            "cuts": cuts,
-            "start": start,
-            "stop": stop,
-        }
+    def __post_init__(self) -> None:
+        super().__post_init__()
         self._restoration: Restoration | None = None
-        self._handles: list[RemovableHandle] = []
         self._steps: list[int] = []
-
-    def __repr__(self) -> str:
-        return f"MSign({', '.join(f'{name}={value!r}' for name, value in self._settings.items())})"
 
     def match(self, event: Event, state: State) -> bool:
         """Where a trainer begins, and where fitting begins and ends; in between, the optimizers call."""
@@ -148,17 +110,19 @@ class MSign(Algorithm):
 
     def apply(self, event: Event, state: State, logger: Logger) -> None:
         """Selects the targets and hooks into the optimizers when fitting starts; otherwise lets go of them."""
-        self._detach()
+        self._steps = self._count()
+        if self._restoration is not None:
+            self._restoration.detach()
+            self._restoration = None
         if event == Event.INIT:
             self._steps = []
         elif event == Event.FIT_START:
             self._attach(state, logger)
 
     def _attach(self, state: State, logger: Logger) -> None:
-        if state.fsdp_config_version == 1:
-            raise RuntimeError("MSign does not support FSDP1, which flattens the weights: set FSDP_VERSION=2")
+        refuse_flat_weights(self, state)
         try:
-            restoration = Restoration(state.model, **self._settings)
+            restoration = Restoration(state.model, **self.arguments())
         except EmptySelectionError as error:
             warnings.warn(NoEffectWarning(f"MSign has no effect: {error}"), stacklevel=2)
             return
@@ -169,17 +133,11 @@ class MSign(Algorithm):
             for writer in tensorboard_writers(logger):
                 tensorboard.add_mark(writer, tensorboard.APPLICATION, report.step)
 
-        self._handles = restoration.attach(*optimizers, on_report=write)
+        restoration.attach(*optimizers, on_report=write)
         if batches := int(state.timestamp.batch):  # at zero the run is new, or `fit(reset_time=True)` says so
             restoration.load_state_dict({"steps": self._steps or [batches] * len(optimizers)})
         self._restoration = restoration
         log.info(restoration.describe())
-
-    def _detach(self) -> None:
-        self._steps = self._count()
-        for handle in self._handles:
-            handle.remove()
-        self._handles, self._restoration = [], None
 
     def _count(self) -> list[int]:
         return list(self._steps) if self._restoration is None else self._restoration.steps
@@ -195,6 +153,13 @@ class MSign(Algorithm):
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Continues the saved count."""
         self._steps = list(state["steps"])
+
+
+def refuse_flat_weights(method: object, state: State) -> None:
+    """Raises where FSDP1 keeps no matrix in one piece."""
+    if state.fsdp_config_version == 1:
+        name = type(method).__name__
+        raise RuntimeError(f"{name} does not support FSDP1, which flattens the weights: set FSDP_VERSION=2")
 
 
 def innermost(optimizer: Optimizer) -> Optimizer:

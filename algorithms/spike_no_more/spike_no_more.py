@@ -12,7 +12,7 @@ from composer.utils import ensure_tuple, reproducibility
 from torch import nn
 from torch.optim import Optimizer
 
-from msign_lightning.spike_no_more import Shortcut, SpikeNoMoreReport, check_settings, spike_no_more_
+from msign_lightning.spike_no_more import Shortcut, SpikeNoMoreReport, SpikeNoMoreSettings, spike_no_more_
 
 log = logging.getLogger(__name__)
 
@@ -21,12 +21,8 @@ def apply_spike_no_more(
     model: nn.Module,
     shortcut: Shortcut | None = "scaled_embed",
     *,
-    init: bool = True,
-    embedding: str | None = None,
-    targets: str | Sequence[str] = "all_2d",
-    outputs: str | Sequence[str] | None = None,
-    n_layers: int | None = None,
     optimizers: Optimizer | Sequence[Optimizer] | None = None,
+    **settings: Any,
 ) -> SpikeNoMoreReport:
     """Prepares a new model for stable pre-training, in place (arXiv 2312.16903).
 
@@ -41,13 +37,9 @@ def apply_spike_no_more(
     Args:
         model: The model, before it is wrapped.
         shortcut: "scaled_embed" (× √d), "embed_ln" (LayerNorm), or None.
-        init: Whether to draw the weights anew; False for a model that holds trained weights.
-        embedding: Name of the module that embeds the tokens; None to find it.
-        targets: The matrices to draw: "all_2d" or globs over parameter names.
-        outputs: Globs for the matrices that write to the residual stream; None to find them.
-        n_layers: N; None for the number of attentions.
         optimizers: Optimizers made before this call, to train the new LayerNorm of "embed_ln" too: in the group of the
             model's other vectors (gains, biases), else in that of the embedding.
+        **settings: The other arguments of `SpikeNoMore`.
 
     Returns:
         What was done.
@@ -56,16 +48,14 @@ def apply_spike_no_more(
         ValueError: An argument is out of its range, or the embedding, the matrices or their outputs can't be
             identified.
     """
-    report = spike_no_more_(
-        model, shortcut, init=init, embedding=embedding, targets=targets, outputs=outputs, n_layers=n_layers
-    )
+    report = spike_no_more_(model, shortcut, **settings)
     if report.shortcut == "embed_ln":
         for optimizer in ensure_tuple(optimizers):
             _train_norm(optimizer, model, model.get_submodule(report.embedding))
     return report
 
 
-class SpikeNoMore(Algorithm):
+class SpikeNoMore(SpikeNoMoreSettings, Algorithm):
     """Prepares a new model for stable pre-training at `Event.INIT` (Spike No More, arXiv 2312.16903).
 
     Draws the embedding and the matrices of attention and MLP from N(0, 2/(5d)), with W_O and the MLP's W_2 divided by
@@ -79,41 +69,12 @@ class SpikeNoMore(Algorithm):
 
         trainer = Trainer(..., algorithms=[SpikeNoMore()])
 
-    Args:
-        shortcut: "scaled_embed" (× √d), "embed_ln" (LayerNorm), or None.
-        init: Whether to draw the weights anew; False for a model that holds trained weights.
-        embedding: Name of the module that embeds the tokens; None to find it.
-        targets: The matrices to draw: "all_2d" or globs over parameter names.
-        outputs: Globs for the matrices that write to the residual stream; None to find them.
-        n_layers: N; None for the number of attentions.
+    The arguments are those of `msign_lightning.spike_no_more.SpikeNoMoreSettings`.
 
     Raises:
         ValueError: An argument is out of its range; or when the trainer begins, the embedding, the matrices or their
             outputs can't be identified.
     """
-
-    def __init__(
-        self,
-        shortcut: Shortcut | None = "scaled_embed",
-        *,
-        init: bool = True,
-        embedding: str | None = None,
-        targets: str | Sequence[str] = "all_2d",
-        outputs: str | Sequence[str] | None = None,
-        n_layers: int | None = None,
-    ) -> None:
-        check_settings(shortcut, n_layers)
-        self._settings: dict[str, Any] = {
-            "shortcut": shortcut,
-            "init": init,
-            "embedding": embedding,
-            "targets": targets,
-            "outputs": outputs,
-            "n_layers": n_layers,
-        }
-
-    def __repr__(self) -> str:
-        return f"SpikeNoMore({', '.join(f'{name}={value!r}' for name, value in self._settings.items())})"
 
     def match(self, event: Event, state: State) -> bool:
         """Once, where a trainer begins."""
@@ -122,7 +83,7 @@ class SpikeNoMore(Algorithm):
     def apply(self, event: Event, state: State, logger: Logger) -> None:
         """Prepares the model, and has the optimizer train what is new."""
         with reproducibility.seed_context(state.rank_zero_seed):
-            report = apply_spike_no_more(state.model, optimizers=state.optimizers, **self._settings)
+            report = apply_spike_no_more(state.model, optimizers=state.optimizers, **self.arguments())
         logger.log_hyperparameters({"spike_no_more/matrices": len(report.matrices)})
         log.info(report.describe())
 

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Mapping, Sequence
+import warnings
 from typing import Any
 
+from composer.algorithms.warnings import NoEffectWarning
 from composer.core import Callback, State
 from composer.loggers import Logger
 from composer.utils import dist, ensure_tuple
@@ -14,16 +15,16 @@ from torch.optim import Optimizer
 from torch.utils.hooks import RemovableHandle
 
 from msign_lightning import tensorboard
-from msign_lightning.algorithms.msign.msign import innermost, tensorboard_writers
-from msign_lightning.linalg import Rule
-from msign_lightning.monitor import Monitor, OnAlarm, Quantity, Reading, check_monitor, grad_norm
+from msign_lightning.algorithms.msign.msign import innermost, refuse_flat_weights, tensorboard_writers
+from msign_lightning.monitor import Monitor, Reading, grad_norm
 from msign_lightning.restoration import was_skipped
-from msign_lightning.targets import Cut
+from msign_lightning.settings import MonitorSettings
+from msign_lightning.targets import EmptySelectionError
 
 log = logging.getLogger(__name__)
 
 
-class StabilityMonitor(Callback):
+class StabilityMonitor(MonitorSettings, Callback):
     """Sees a collapse coming: stable rank, Spectral Alignment, Jacobian alignment, loss and gradient norm.
 
     What is measured, and which alarms there are, is described at `msign_lightning.monitor.Monitor` and
@@ -32,70 +33,30 @@ class StabilityMonitor(Callback):
     `sign_diversity/...` and `jacobian_.../...`. In TensorBoard, the page "Custom Scalars" shows them in order, with
     alarms and applications marked.
 
-    With several optimizers the steps and gradients of the first count. Resuming from a checkpoint is exact.
+    With several optimizers the steps and gradients of the first count. Resuming from a checkpoint is exact; all
+    arguments but `targets`, `exclude`, `blocks` and the quantities of `measure` may be changed before.
+
+    Warns with `NoEffectWarning` when fitting starts if the model has no matrix to look at, and does nothing then.
 
     Example::
 
         trainer = Trainer(..., callbacks=[StabilityMonitor(on_alarm="restore")])
 
-    Args:
-        measure: "stable_rank", "spectral_alignment" or "jacobian_alignment" → cadence in optimizer steps; None for
-            the first every 100 and the second every 200. A measurement of Jacobians costs some twenty training steps.
-        on_alarm: "log"; "stop" the training; or "restore" the matrices concerned by MSign. Spikes and outliers of the
-            loss are always only logged.
-        targets: "attention", "mlp", "all_2d" (both), or globs over parameter names.
-        exclude: Globs over parameter names to leave out.
-        cuts: Globs over parameter names → `Cut`, for fused parameters whose layout cannot be known.
-        blocks: Names or globs of the blocks for the Jacobians; None to find them.
-        thresholds: Arguments of `CollapseDetector` that differ from its defaults; None turns an alarm off.
-        cooldown: Optimizer steps for which a restored matrix is left alone.
-        stop: Last step at which a matrix may be restored; None for no end.
-        rule: How matrices are restored: "msign", or "cap", which only lifts the stable rank to that of a random matrix.
-        per_matrix: Whether to log values per matrix and block besides summaries.
+    The arguments are those of `msign_lightning.settings.MonitorSettings`.
 
     Raises:
-        ValueError: An argument is out of its range; or when fitting starts, nothing is selected.
+        ValueError: An argument is out of its range; or when fitting starts, a glob matches nothing.
         RuntimeError: When fitting starts under FSDP1, which keeps no matrix in one piece.
     """
 
-    def __init__(
-        self,
-        measure: Mapping[Quantity, int] | None = None,
-        on_alarm: OnAlarm = "log",
-        *,
-        targets: str | Sequence[str] = "all_2d",
-        exclude: str | Sequence[str] = (),
-        cuts: Mapping[str, Cut] | None = None,
-        blocks: str | Sequence[str] | None = None,
-        thresholds: Mapping[str, float | None] | None = None,
-        cooldown: int = 100,
-        stop: int | None = None,
-        rule: Rule = "msign",
-        per_matrix: bool = False,
-    ) -> None:
-        check_monitor(measure, on_alarm, thresholds, cooldown, stop, rule)
-        self._settings: dict[str, Any] = {
-            "measure": measure,
-            "on_alarm": on_alarm,
-            "targets": targets,
-            "exclude": exclude,
-            "cuts": cuts,
-            "blocks": blocks,
-            "thresholds": thresholds,
-            "cooldown": cooldown,
-            "stop": stop,
-            "rule": rule,
-            "per_matrix": per_matrix,
-        }
+    def __post_init__(self) -> None:
+        super().__post_init__()
         self._monitor: Monitor | None = None
         self._handles: list[RemovableHandle] = []
         self._state: dict[str, Any] | None = None
         self._completed = 0  # optimizer steps in the batch at hand
         self._grad_norm: Tensor | None = None
         self._siblings = [self]
-
-    def __repr__(self) -> str:
-        return f"StabilityMonitor({', '.join(f'{name}={value!r}' for name, value in self._settings.items())})"
 
     def init(self, state: State, logger: Logger) -> None:
         """Forgets an earlier trainer."""
@@ -105,15 +66,18 @@ class StabilityMonitor(Callback):
 
     def fit_start(self, state: State, logger: Logger) -> None:
         """Selects what to measure."""
-        if state.fsdp_config_version == 1:
-            raise RuntimeError(
-                "StabilityMonitor does not support FSDP1, which flattens the weights: set FSDP_VERSION=2"
-            )
+        refuse_flat_weights(self, state)
         self._detach()
-        monitor = Monitor(state.model, **self._settings)
+        try:
+            monitor = Monitor(state.model, **self.arguments())
+        except EmptySelectionError as error:
+            warnings.warn(NoEffectWarning(f"StabilityMonitor has no effect: {error}"), stacklevel=2)
+            return
         if batches := int(state.timestamp.batch):  # at zero the run is new, or `fit(reset_time=True)` says so
             monitor.steps = batches
-            if self._state is not None:
+            if self._state is None:
+                log.info("monitor: the checkpoint holds no state of this monitor, whose history starts anew")
+            else:
                 monitor.load_state_dict(self._state)
 
         def count(optimizer: Optimizer, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
@@ -136,10 +100,8 @@ class StabilityMonitor(Callback):
         if self._monitor is None or not self._monitor.reads_next:
             return
         groups = ensure_tuple(state.optimizers)[0].param_groups
-        norm = grad_norm(parameter for group in groups for parameter in group["params"])
-        if norm is not None and state.scaler is not None and state.scaler.is_enabled():
-            norm = norm / state.scaler.get_scale()
-        self._grad_norm = norm
+        scale = state.scaler.get_scale() if state.scaler is not None and state.scaler.is_enabled() else 1.0
+        self._grad_norm = grad_norm((parameter for group in groups for parameter in group["params"]), scale)
 
     def batch_end(self, state: State, logger: Logger) -> None:
         """Takes note of the optimizer step, unless a gradient scaler has skipped it."""
@@ -169,7 +131,7 @@ class StabilityMonitor(Callback):
             tensorboard.add_reading(writer, reading)
         if dist.get_global_rank() == 0 and (text := reading.describe()):
             log.warning(text)
-        if reading.calls_for_action and self._settings["on_alarm"] == "stop":
+        if reading.calls_for_action and self.on_alarm == "stop":
             state.stop_training()  # type: ignore[no-untyped-call]
 
     def _detach(self) -> None:
@@ -187,10 +149,10 @@ class StabilityMonitor(Callback):
     def state_dict(self) -> dict[str, Any]:
         """What exact resumption needs: steps counted, active alarms, recent losses, and two vectors per matrix.
 
-        Composer keeps one state for all callbacks of a class, so each saves those of all, by their settings.
+        Composer keeps one state for all callbacks of a class, so each saves those of all, by their subject.
         """
-        return {repr(monitor): monitor._own_state() for monitor in self._siblings}
+        return {repr(monitor.subject): monitor._own_state() for monitor in self._siblings}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Continues from a saved state, when fitting starts."""
-        self._state = state.get(repr(self))
+        self._state = state.get(repr(self.subject))

@@ -1,12 +1,9 @@
-"""What is measured while a model trains, framework-free: singular values and spectral alignment.
+"""How the inputs of linear layers lie to the top singular vectors of their weights (arXiv 2510.04202).
 
-Two things come before a collapse: the stable rank of weights falls (arXiv 2602.01734), and the inputs of a layer gather
-on one side of the top singular vector of its weight (arXiv 2510.04202). `SpectrumMonitor` measures the first,
-`SpectralAlignment` the second, and a `CollapseDetector` turns them, the loss and the gradient norm into alarms::
+Before a collapse they gather on one side. A measurement needs a `Spectrum` of the same weights::
 
-    spectra = SpectrumMonitor(model)
-    alignment = SpectralAlignment(model)
-    detector = CollapseDetector()
+    targets = select_targets(model)
+    spectra, alignment, detector = SpectrumMonitor(targets), SpectralAlignment(model, targets), CollapseDetector()
 
     spectrum = spectra.measure()
     with alignment.armed(spectrum):
@@ -23,7 +20,7 @@ from __future__ import annotations
 
 import math
 from bisect import bisect_left
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass, replace
 from functools import cached_property, partial
@@ -36,196 +33,12 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
 
-from msign_lightning.eager import uncompiled
-from msign_lightning.linalg import top_singular_triplets
-from msign_lightning.restoration import chunks, matrix_names, to_compute_dtype
-from msign_lightning.sharding import gather
-from msign_lightning.targets import Cut, Group, Target, select_targets
+from msign_lightning.jacobian import uncompiled
+from msign_lightning.matrices import gather
+from msign_lightning.spectrum import Spectrum
+from msign_lightning.targets import Group, Target
 
-__all__ = [
-    "Alignment",
-    "MatrixAlignment",
-    "MatrixSpectrum",
-    "SpectralAlignment",
-    "Spectrum",
-    "SpectrumMonitor",
-]
-
-# --- singular values ---------------------------------------------------------------------------------------------
-
-_COLD_ITERATIONS = 16  # twice what σ₁ needs, for the sake of σ₂
-_WARM_ITERATIONS = 2
-
-
-class MatrixSpectrum(NamedTuple):
-    """The top of one matrix's spectrum: all zero for a zero matrix, NaN for one that is not finite."""
-
-    name: str
-    group: Group
-    stable_rank: float
-    spectral_norm: float
-    second_norm: float
-
-
-@dataclass(frozen=True, eq=False)
-class Spectrum:
-    """One measurement of N matrices, on their device until `matrices` or `metrics` is asked for.
-
-    Attributes:
-        names: Names of the matrices; a member of a stack of experts has its index at the end.
-        groups: "attention", "mlp" or "other" for each.
-        stable_ranks: ‖W‖_F² / σ₁² (arXiv 2602.01734, Def. 3.1), of shape (N,).
-        spectral_norms: σ₁, of shape (N,).
-        second_norms: σ₂, of shape (N,), 0 for a matrix with a single row or column.
-        vectors: u₁ (m,) and v₁ (n,) of each matrix, with W v₁ = σ₁ u₁.
-    """
-
-    names: tuple[str, ...]
-    groups: tuple[Group, ...]
-    stable_ranks: Tensor
-    spectral_norms: Tensor
-    second_norms: Tensor
-    vectors: tuple[tuple[Tensor, Tensor], ...]
-
-    def all_reduce(self, group: dist.ProcessGroup | None = None) -> Spectrum:
-        """The values averaged over all ranks, each of which must call this: the same floats on every rank.
-
-        Ranks measure the same weights, but may differ in rounding, and a decision must not hang on that.
-        """
-        values = torch.stack([self.stable_ranks, self.spectral_norms, self.second_norms])
-        dist.all_reduce(values, group=group)
-        ranks, firsts, seconds = values / dist.get_world_size(group)
-        return replace(self, stable_ranks=ranks, spectral_norms=firsts, second_norms=seconds)
-
-    def has_gap(self, gap: float) -> Tensor:
-        """Whether σ₂ < (1 − gap) σ₁, so that the top singular vectors are defined; of shape (N,)."""
-        return (self.spectral_norms > 0) & (self.second_norms < (1 - gap) * self.spectral_norms)
-
-    @cached_property
-    def matrices(self) -> tuple[MatrixSpectrum, ...]:
-        """The same in floats: one transfer from the device, the first time."""
-        values = torch.stack([self.stable_ranks, self.spectral_norms, self.second_norms]).tolist()
-        return tuple(map(MatrixSpectrum, self.names, self.groups, *values))
-
-    def metrics(self, *, per_matrix: bool = False) -> dict[str, float]:
-        """Summaries over the finite, non-zero matrices, for any logger, and on request a value per matrix.
-
-        They are `stable_rank/min` and `stable_rank/geometric_mean`, over all and per group
-        (`stable_rank/<group>/min`), and `spectral_norm/max`.
-        """
-        sound = [m for m in self.matrices if m.stable_rank > 0]
-        metrics = {}
-        for group in ("", *sorted({m.group for m in sound})) if sound else ():
-            ranks = [m.stable_rank for m in sound if group in ("", m.group)]
-            prefix = f"stable_rank/{group}/" if group else "stable_rank/"
-            metrics[f"{prefix}min"] = min(ranks)
-            metrics[f"{prefix}geometric_mean"] = math.exp(fmean(map(math.log, ranks)))
-        if sound:
-            metrics["spectral_norm/max"] = max(m.spectral_norm for m in sound)
-        if per_matrix:
-            metrics |= {f"stable_rank/{m.name}": m.stable_rank for m in self.matrices}
-            metrics |= {f"spectral_norm/{m.name}": m.spectral_norm for m in self.matrices}
-        return metrics
-
-
-class SpectrumMonitor:
-    """Stable rank, top two singular values and top singular vectors of weight matrices, by warm power iteration.
-
-    The first measurement takes 16 iterations, each later one 2, from the vectors of the one before with a tenth of
-    fresh noise. Singular values are estimated from below, so stable ranks from above: within 2 % while weights drift
-    slowly, and least where the stable rank is low; after an application of MSign, which leaves the largest values close
-    together, by up to a fifth for some measurements. Matrices of one shape are measured in one batch. Sharded weights
-    are gathered, so every rank must call `measure` at the same steps.
-
-    Args:
-        model: The model that holds the matrices. It must be final: cast, wrapped and sharded as it is trained.
-        targets: "attention", "mlp", "all_2d" (both), or globs over parameter names; see `select_targets`.
-        exclude: Globs over parameter names to leave out.
-        cuts: Globs over parameter names → `Cut`, for fused parameters whose layout cannot be known.
-        exact: Whether to take a float64 SVD instead, for small models and for reference.
-
-    Raises:
-        ValueError: An argument is out of its range, or nothing is selected.
-    """
-
-    def __init__(
-        self,
-        model: nn.Module,
-        targets: str | Sequence[str] = "all_2d",
-        *,
-        exclude: str | Sequence[str] = (),
-        cuts: Mapping[str, Cut] | None = None,
-        exact: bool = False,
-    ) -> None:
-        self.targets = select_targets(model, targets, exclude=exclude, cuts=cuts)
-        self.exact = exact
-        self._chunks = list(chunks(self.targets))
-        self._measurements = 0
-        self._right: dict[str, Tensor] = {}  # of each target, (count, n, 2)
-
-    @torch.no_grad()
-    def measure(self) -> Spectrum:
-        """Measures the weights as they are now."""
-        names: list[str] = []
-        groups: list[Group] = []
-        values: list[Tensor] = []
-        vectors: list[tuple[Tensor, Tensor]] = []
-        for chunk in self._chunks:
-            wholes = {parameter: gather(parameter) for parameter in dict.fromkeys(t.parameter for t in chunk)}
-            matrices = torch.cat([to_compute_dtype(t.matrix(wholes[t.parameter])) for t in chunk])
-            del wholes
-            U, S, V = _triplets_by_svd(matrices) if self.exact else self._top_by_power(chunk, matrices)
-            first, second = nn.functional.pad(S, (0, 1))[:, :2].unbind(1)  # a single row or column has no second
-            names += [name for target in chunk for name in matrix_names(target)]
-            groups += [target.group for target in chunk for _ in range(target.count)]
-            values.append(torch.stack([_stable_ranks(matrices, first), first, second]))
-            vectors += zip(U[..., 0], V[..., 0], strict=True)
-        self._measurements += 1
-        ranks, firsts, seconds = torch.cat([part.to(values[0].device) for part in values], dim=1)
-        return Spectrum(tuple(names), tuple(groups), ranks, firsts, seconds, tuple(vectors))
-
-    def _top_by_power(self, chunk: Sequence[Target], X: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """Top two (or the only) singular triplets of the matrices X (b, m, n) of a chunk."""
-        warm = all(target.name in self._right for target in chunk)
-        U, S, V = top_singular_triplets(
-            X,
-            min(2, *chunk[0].shape),
-            iterations=_WARM_ITERATIONS if warm else _COLD_ITERATIONS,
-            V=torch.cat([self._right[target.name] for target in chunk]).to(X.device) if warm else None,
-            generator=torch.Generator(X.device).manual_seed(self._measurements),
-        )
-        right = torch.split(V, [target.count for target in chunk])
-        self._right |= {target.name: vectors for target, vectors in zip(chunk, right, strict=True)}
-        return U, S, V
-
-    def state_dict(self) -> dict[str, Any]:
-        """What later measurements start from: their count, and two vectors per matrix on the CPU."""
-        vectors = {name: right.cpu() for name, right in self._right.items()}
-        return {"measurements": self._measurements, "vectors": vectors}
-
-    def load_state_dict(self, state_dict: Mapping[str, Any]) -> None:
-        """Continues from a saved state. Matrices that it lacks, or has in another shape, start cold."""
-        shapes = {t.name: (t.count, t.shape[1], min(2, *t.shape)) for t in self.targets}
-        self._measurements = state_dict["measurements"]
-        self._right = {name: V for name, V in state_dict["vectors"].items() if V.shape == shapes.get(name)}
-
-
-def _triplets_by_svd(X: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """All singular triplets of X (b, m, n), the values NaN where it is not finite."""
-    finite = X.isfinite().flatten(1).all(1)
-    U, S, Vh = torch.linalg.svd(torch.where(finite.view(-1, 1, 1), X.double(), 0.0), full_matrices=False)
-    S = torch.where(finite.unsqueeze(-1), S, math.nan)
-    return U.to(X.dtype), S.to(X.dtype), Vh.mT.to(X.dtype)
-
-
-def _stable_ranks(X: Tensor, norms: Tensor) -> Tensor:
-    """Of X (b, m, n) with the spectral norms (b,). Dividing first keeps squares from overflowing."""
-    scale = torch.where(norms == 0, 1.0, norms).view(-1, 1, 1)
-    ranks: Tensor = torch.linalg.vector_norm(X / scale, dim=(-2, -1)).square()
-    return ranks
-
-
-# --- spectral alignment ------------------------------------------------------------------------------------------
+__all__ = ["Alignment", "MatrixAlignment", "SpectralAlignment"]
 
 # Cosines are counted between these edges, finest around zero, where those of healthy layers lie (std 1/√n).
 _BINS = 128
@@ -358,36 +171,25 @@ class SpectralAlignment:
     not finite don't count.
 
     Args:
-        model: The model; as for `SpectrumMonitor`.
-        targets: "attention", "mlp", "all_2d" (both), or globs over parameter names. Only weights of linear layers
-            (`nn.Linear`, and `Conv1D` of Hugging Face) that are whole or cut by outputs are taken.
-        exclude: Globs over parameter names to leave out.
-        cuts: Globs over parameter names → `Cut`, for fused parameters whose layout cannot be known.
+        model: The model, as it is trained.
+        targets: What `select_targets` gave. Only weights of linear layers (`nn.Linear`, and `Conv1D` of Hugging Face)
+            that are whole or cut by outputs are taken.
         gap: v₁ counts as undefined unless σ₂ < (1 − gap) σ₁.
 
     Raises:
-        ValueError: An argument is out of its range, or no weight of a linear layer is selected.
+        ValueError: `gap` is out of its range, or no target is a weight of a linear layer.
     """
 
-    def __init__(
-        self,
-        model: nn.Module,
-        targets: str | Sequence[str] = "all_2d",
-        *,
-        exclude: str | Sequence[str] = (),
-        cuts: Mapping[str, Cut] | None = None,
-        gap: float = 0.05,
-    ) -> None:
+    def __init__(self, model: nn.Module, targets: Sequence[Target], *, gap: float = 0.05) -> None:
         if not 0 < gap < 1:
             raise ValueError(f"gap must be between 0 and 1, got {gap!r}")
         self.gap = gap
-        selected = select_targets(model, targets, exclude=exclude, cuts=cuts)
         owners = _linear_owners(model)
-        self.targets = [t for t in selected if t.parameter in owners and _sees_whole_inputs(t, owners[t.parameter][0])]
+        self.targets = [t for t in targets if t.parameter in owners and _sees_whole_inputs(t, owners[t.parameter][0])]
         if not self.targets:
             raise ValueError(
                 "targets must choose at least one weight of a linear layer (nn.Linear or Conv1D), "
-                f"got {', '.join(t.name for t in selected[:3])}"
+                f"got {', '.join(t.name for t in targets[:3])}"
             )
         self._layers = [
             _Layer(module, [i for i, t in enumerate(self.targets) if t.parameter is parameter], 1 - _is_conv1d(module))

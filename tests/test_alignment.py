@@ -1,4 +1,4 @@
-"""Diagnostics against SVD and hand-made collapses: spectra and spectral alignment."""
+"""Spectral alignment against SVD and hand-made collapses."""
 
 import math
 from dataclasses import replace
@@ -8,210 +8,13 @@ from pathlib import Path
 import pytest
 import torch
 import torch.multiprocessing as mp
+from small_models import gpt2, llama, run, tokens, with_gaps_
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
-from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM
 
-from msign_lightning import Cut, Restoration, select_targets, stable_rank
-from msign_lightning.diagnostics import SpectralAlignment, Spectrum, SpectrumMonitor
-
-
-def gpt2() -> GPT2LMHeadModel:
-    torch.manual_seed(0)
-    no_dropout = dict.fromkeys(("resid_pdrop", "embd_pdrop", "attn_pdrop"), 0.0)
-    config = GPT2Config(vocab_size=64, n_positions=16, n_embd=24, n_layer=2, n_head=2, **no_dropout)
-    return with_gaps_(GPT2LMHeadModel(config))
-
-
-def llama(dtype: torch.dtype = torch.float32) -> LlamaForCausalLM:
-    torch.manual_seed(0)
-    config = LlamaConfig(
-        vocab_size=64,
-        hidden_size=32,
-        intermediate_size=48,
-        num_hidden_layers=2,
-        num_attention_heads=4,
-        num_key_value_heads=2,
-        max_position_embeddings=16,
-    )
-    return with_gaps_(LlamaForCausalLM(config)).to(dtype)
-
-
-@torch.no_grad()
-def with_gaps_(model: nn.Module) -> nn.Module:
-    """Makes the top of every spectrum stand out, as training does."""
-    for target in select_targets(model):
-        W = target.matrix(target.parameter)
-        U, S, Vh = torch.linalg.svd(W, full_matrices=False)
-        S[:, 0] *= 2
-        target.write_(target.parameter, U * S.unsqueeze(-2) @ Vh)
-    return model
-
-
-def tokens(seed: int = 1, batch: int = 4) -> Tensor:
-    return torch.randint(64, (batch, 16), generator=torch.Generator().manual_seed(seed))
-
-
-def run(model: nn.Module, input_ids: Tensor) -> Tensor:
-    return model(input_ids=input_ids, labels=input_ids, use_cache=False).loss
-
-
-def matrices_of(model: nn.Module) -> dict[str, Tensor]:
-    return {t.name: t.matrix(t.parameter.detach())[0].double() for t in select_targets(model)}
-
-
-# --- spectra -----------------------------------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize("exact", [False, True])
-@pytest.mark.parametrize("model", [gpt2(), llama(), llama(torch.bfloat16)], ids=["gpt2", "llama", "bf16"])
-def test_spectrum_equals_svd(model, exact):
-    monitor = SpectrumMonitor(model, exact=exact)
-    spectrum = monitor.measure()
-    tolerance = 1e-5 if exact else 0.02
-    reference = matrices_of(model)
-    assert {m.name for m in spectrum.matrices} == set(reference)
-    for m, (u, v) in zip(spectrum.matrices, spectrum.vectors, strict=True):
-        W = reference[m.name]
-        U, S, Vh = torch.linalg.svd(W)
-        assert m.stable_rank == pytest.approx(stable_rank(W).item(), rel=tolerance)
-        assert m.spectral_norm == pytest.approx(S[0].item(), rel=tolerance)
-        assert m.second_norm == pytest.approx(S[1].item(), rel=5 * tolerance)
-        assert abs(u.double() @ U[:, 0]) > 1 - tolerance
-        assert abs(v.double() @ Vh[0]) > 1 - tolerance
-    assert spectrum.has_gap(0.05).all()
-
-
-def test_warm_measurements_follow_drifting_weights_and_a_direction_that_grows():
-    model = llama()
-    monitor = SpectrumMonitor(model, "attention")
-    monitor.measure()
-    generator = torch.Generator().manual_seed(2)
-    with torch.no_grad():
-        for _ in range(20):
-            for target in monitor.targets:
-                W = target.parameter
-                noise = torch.randn(W.shape, generator=generator)
-                W.add_(noise, alpha=0.02 * (W.norm() / noise.norm()).item())
-            for m in monitor.measure().matrices:
-                assert m.stable_rank == pytest.approx(stable_rank(model.get_parameter(m.name)).item(), rel=0.02)
-        name = monitor.targets[0].name
-        W = model.get_parameter(name)
-        Vh = torch.linalg.svd(W).Vh
-        W.add_(torch.outer(Vh[-1], Vh[-1]), alpha=3 * torch.linalg.matrix_norm(W, 2).item())
-        for _ in range(2):
-            found = {m.name: m.stable_rank for m in monitor.measure().matrices}
-    assert found[name] == pytest.approx(stable_rank(W).item(), rel=0.02)
-
-
-def test_zero_non_finite_huge_and_thin_matrices_do_not_disturb_their_neighbours():
-    model = nn.ModuleDict({"mlp": nn.ModuleList(nn.Linear(12, 8, bias=False) for _ in range(5))})
-    model.mlp.append(nn.Linear(6, 1, bias=False))
-    with torch.no_grad():
-        model.mlp[0].weight.zero_()
-        model.mlp[1].weight[0, 0] = math.nan
-        model.mlp[2].weight.mul_(1e30)
-        model.mlp[3].weight[2, 3] = math.inf
-    for exact in (False, True):
-        monitor = SpectrumMonitor(model, "*", exact=exact)
-        for _ in range(2):
-            spectrum = monitor.measure()
-        zero, nan, huge, inf, plain, thin = spectrum.matrices
-        assert zero[2:] == (0, 0, 0)
-        assert all(map(math.isnan, (*nan[2:], *inf[2:])))
-        for m, layer in ((huge, 2), (plain, 4)):
-            W = model.mlp[layer].weight.detach().double()
-            assert m.stable_rank == pytest.approx(stable_rank(W).item(), rel=0.02)
-            assert m.spectral_norm == pytest.approx(torch.linalg.matrix_norm(W, 2).item(), rel=0.02)
-        assert thin.stable_rank == pytest.approx(1)
-        assert thin.second_norm == 0
-        assert spectrum.has_gap(1e-3)[[0, 1, 3, 5]].tolist() == [False, False, False, True]
-        metrics = spectrum.metrics()
-        assert metrics["stable_rank/min"] == pytest.approx(1)
-        assert all(map(math.isfinite, metrics.values()))
-
-
-def test_experts_of_a_stack_are_measured_one_by_one():
-    model = nn.Module()
-    model.experts = nn.Module()
-    model.experts.up_proj = nn.Parameter(torch.randn(3, 8, 6, generator=torch.Generator().manual_seed(0)))
-    spectrum = SpectrumMonitor(model, exact=True).measure()
-    assert spectrum.names == tuple(f"experts.up_proj.{i}" for i in range(3))
-    torch.testing.assert_close(spectrum.stable_ranks, stable_rank(model.experts.up_proj))
-
-
-def test_measuring_leaves_weights_and_the_global_generator_alone():
-    model = llama()
-    before = {name: p.detach().clone() for name, p in model.named_parameters()}
-    state = torch.get_rng_state()
-    SpectrumMonitor(model).measure()
-    assert all(torch.equal(p, before[name]) for name, p in model.named_parameters())
-    assert torch.equal(torch.get_rng_state(), state)
-
-
-def test_spectrum_metrics_summarize_all_and_each_group():
-    model = gpt2()
-    spectrum = SpectrumMonitor(model, exact=True).measure()
-    metrics = spectrum.metrics()
-    of = {group: [m.stable_rank for m in spectrum.matrices if m.group == group] for group in ("attention", "mlp")}
-    everything = of["attention"] + of["mlp"]
-    assert metrics == pytest.approx(
-        {
-            "stable_rank/min": min(everything),
-            "stable_rank/geometric_mean": math.prod(everything) ** (1 / 12),
-            "stable_rank/attention/min": min(of["attention"]),
-            "stable_rank/attention/geometric_mean": math.prod(of["attention"]) ** (1 / 8),
-            "stable_rank/mlp/min": min(of["mlp"]),
-            "stable_rank/mlp/geometric_mean": math.prod(of["mlp"]) ** (1 / 4),
-            "spectral_norm/max": max(m.spectral_norm for m in spectrum.matrices),
-        }
-    )
-    detailed = spectrum.metrics(per_matrix=True)
-    assert set(detailed) - set(metrics) == {
-        f"{kind}/{m.name}" for kind in ("stable_rank", "spectral_norm") for m in spectrum.matrices
-    }
-    assert detailed["stable_rank/transformer.h.0.attn.c_attn.weight.q"] == spectrum.matrices[0].stable_rank
-
-
-def test_no_metrics_but_also_no_error_where_no_matrix_is_finite():
-    model = nn.ModuleDict({"mlp": nn.Linear(4, 4)})
-    nn.init.constant_(model.mlp.weight, math.nan)
-    assert SpectrumMonitor(model).measure().metrics() == {}
-
-
-def test_a_resumed_spectrum_monitor_continues_exactly(tmp_path):
-    model = llama()
-    monitor = SpectrumMonitor(model)
-    for _ in range(3):
-        monitor.measure()
-    torch.save(monitor.state_dict(), tmp_path / "state.pt")
-    resumed = SpectrumMonitor(model)
-    resumed.load_state_dict(torch.load(tmp_path / "state.pt", weights_only=True))
-    with torch.no_grad():
-        model.lm_head.weight.normal_()
-        for target in monitor.targets:
-            target.parameter.mul_(torch.linspace(0.5, 1.5, target.parameter.shape[1]))
-    for _ in range(2):
-        a, b = monitor.measure(), resumed.measure()
-        assert a.matrices == b.matrices
-    assert SpectrumMonitor(model).measure().matrices != b.matrices
-
-
-def test_a_state_of_another_model_starts_cold():
-    monitor = SpectrumMonitor(llama(), "*q_proj*")
-    other = SpectrumMonitor(gpt2())
-    other.measure()
-    monitor.load_state_dict(other.state_dict() | {"measurements": 0})
-    assert monitor.measure().matrices == SpectrumMonitor(llama(), "*q_proj*").measure().matrices
-
-
-@pytest.mark.parametrize("monitor", [SpectrumMonitor, SpectralAlignment])
-def test_layers_that_do_not_exist_are_refused_with_near_names(monitor):
-    with pytest.raises(ValueError, match=r"targets must .*got '\*q_porj\*'; near names: .*q_proj"):
-        monitor(llama(), "*q_porj*")
-
-
-# --- spectral alignment ------------------------------------------------------------------------------------------
+from msign_lightning import Cut, Restoration, select_targets
+from msign_lightning.alignment import SpectralAlignment
+from msign_lightning.spectrum import SpectrumMonitor
 
 
 def linear(width: int = 16, out: int = 12) -> nn.ModuleDict:
@@ -220,8 +23,8 @@ def linear(width: int = 16, out: int = 12) -> nn.ModuleDict:
 
 
 def measured(layer: nn.ModuleDict, x: Tensor):
-    alignment = SpectralAlignment(layer)
-    with alignment.armed(SpectrumMonitor(layer, exact=True).measure()):
+    alignment = SpectralAlignment(layer, select_targets(layer))
+    with alignment.armed(SpectrumMonitor(select_targets(layer), exact=True).measure()):
         layer.mlp(x)
     (matrix,) = alignment.result().matrices
     return matrix
@@ -280,9 +83,9 @@ def test_zero_and_non_finite_tokens_do_not_count():
     assert math.isnan(nothing.majority_fraction)
 
 
-def model_alignments(model: nn.Module, forward, spectrum: Spectrum | None = None, **options):
-    alignment = SpectralAlignment(model, **options)
-    with alignment.armed(spectrum or SpectrumMonitor(model, exact=True).measure()):
+def model_alignments(model: nn.Module, forward):
+    alignment = SpectralAlignment(model, select_targets(model))
+    with alignment.armed(SpectrumMonitor(select_targets(model), exact=True).measure()):
         forward()
     return {m.name: m for m in alignment.result().matrices}
 
@@ -343,8 +146,8 @@ def test_outputs_and_gradients_are_the_same_to_the_last_bit_and_hooks_are_gone_a
     model = gpt2()
     parameters = list(model.parameters())
     before = losses_and_gradients(model, parameters)
-    alignment = SpectralAlignment(model)
-    with alignment.armed(SpectrumMonitor(model).measure()):
+    alignment = SpectralAlignment(model, select_targets(model))
+    with alignment.armed(SpectrumMonitor(select_targets(model)).measure()):
         during = losses_and_gradients(model, parameters)
     assert all(map(torch.equal, before, during))
     counted = alignment.result().matrices
@@ -355,16 +158,16 @@ def test_outputs_and_gradients_are_the_same_to_the_last_bit_and_hooks_are_gone_a
 
 def test_hooks_are_gone_after_an_error():
     model = gpt2()
-    alignment = SpectralAlignment(model)
-    with pytest.raises(IndexError), alignment.armed(SpectrumMonitor(model).measure()):
+    alignment = SpectralAlignment(model, select_targets(model))
+    with pytest.raises(IndexError), alignment.armed(SpectrumMonitor(select_targets(model)).measure()):
         run(model, torch.full((1, 4), 64))
     assert not any(module._forward_pre_hooks for module in model.modules())
 
 
 def test_micro_batches_add_up_and_arming_starts_anew():
     model = llama()
-    spectrum = SpectrumMonitor(model, exact=True).measure()
-    alignment = SpectralAlignment(model)
+    spectrum = SpectrumMonitor(select_targets(model), exact=True).measure()
+    alignment = SpectralAlignment(model, select_targets(model))
     with alignment.armed(spectrum):
         run(model, tokens(5)).backward()
         run(model, tokens(6)).backward()
@@ -435,7 +238,7 @@ def test_a_compiled_model_is_measured_without_being_compiled_anew():
 
 def test_matrices_without_a_gap_are_masked_until_it_has_reopened():
     model = llama()
-    monitor, alignment = SpectrumMonitor(model), SpectralAlignment(model)
+    monitor, alignment = SpectrumMonitor(select_targets(model)), SpectralAlignment(model, select_targets(model))
     layer = "model.layers.0.mlp.up_proj.weight"
 
     def defined() -> set[str]:
@@ -461,8 +264,8 @@ def test_matrices_without_a_gap_are_masked_until_it_has_reopened():
 
 def test_alignment_metrics_summarize_all_and_each_group():
     model = gpt2()
-    alignment = SpectralAlignment(model)
-    with alignment.armed(SpectrumMonitor(model).measure()):
+    alignment = SpectralAlignment(model, select_targets(model))
+    with alignment.armed(SpectrumMonitor(select_targets(model)).measure()):
         run(model, tokens())
     result = alignment.result()
     of = {group: [m.sign_diversity for m in result.matrices if m.group == group] for group in ("attention", "mlp")}
@@ -479,27 +282,29 @@ def test_alignment_metrics_summarize_all_and_each_group():
 
 def test_alignment_takes_linear_layers_only_and_says_so():
     layer = nn.TransformerEncoderLayer(8, 2, 16, dropout=0.0, batch_first=True)
-    names = [t.name for t in SpectralAlignment(layer).targets]
+    names = [t.name for t in SpectralAlignment(layer, select_targets(layer)).targets]
     assert names == ["linear1.weight", "linear2.weight"]
     with pytest.raises(ValueError, match=r"at least one weight of a linear layer .*, got self_attn\.in_proj_weight\.q"):
-        SpectralAlignment(layer, "attention")
+        SpectralAlignment(layer, select_targets(layer, "attention"))
     split_by_inputs = {"linear1.weight": Cut((4, 4), dim=1)}
-    assert [t.name for t in SpectralAlignment(layer, "mlp", cuts=split_by_inputs).targets] == ["linear2.weight"]
+    assert [t.name for t in SpectralAlignment(layer, select_targets(layer, "mlp", cuts=split_by_inputs)).targets] == [
+        "linear2.weight"
+    ]
 
 
 @pytest.mark.parametrize("gap", [0, 1, -0.1, math.nan])
 def test_gap_must_lie_between_0_and_1(gap):
     with pytest.raises(ValueError, match=f"gap must be between 0 and 1, got {gap}"):
-        SpectralAlignment(llama(), gap=gap)
+        SpectralAlignment(llama(), [], gap=gap)
 
 
 def test_alignment_needs_a_spectrum_of_its_targets():
     model = llama()
-    alignment = SpectralAlignment(model)
+    alignment = SpectralAlignment(model, select_targets(model))
     with pytest.raises(RuntimeError, match="arm before"):
         alignment.result()
     with pytest.raises(ValueError, match=r"hold every target of the alignment, got none of .*mlp\.gate_proj\.weight"):
-        alignment.arm(SpectrumMonitor(model, "attention").measure())
+        alignment.arm(SpectrumMonitor(select_targets(model, "attention")).measure())
 
 
 def _align_on_a_rank(rank: int, folder: str) -> None:
@@ -510,7 +315,10 @@ def _align_on_a_rank(rank: int, folder: str) -> None:
     dist.init_process_group("gloo", init_method=f"file://{folder}/store", rank=rank, world_size=2)
     model = llama()
     parallel = nn.parallel.DistributedDataParallel(model)
-    alignment, monitor = SpectralAlignment(parallel), SpectrumMonitor(parallel)
+    alignment, monitor = (
+        SpectralAlignment(parallel, select_targets(parallel)),
+        SpectrumMonitor(select_targets(parallel)),
+    )
     with alignment.armed(monitor.measure()):
         run(parallel, tokens(rank)).backward()
     result = alignment.result()
@@ -519,7 +327,10 @@ def _align_on_a_rank(rank: int, folder: str) -> None:
     for layer in sharded.model.layers:
         fully_shard(layer)
     fully_shard(sharded)
-    sharded_alignment, sharded_monitor = SpectralAlignment(sharded), SpectrumMonitor(sharded)
+    sharded_alignment, sharded_monitor = (
+        SpectralAlignment(sharded, select_targets(sharded)),
+        SpectrumMonitor(select_targets(sharded)),
+    )
     with sharded_alignment.armed(sharded_monitor.measure()):
         run(sharded, tokens(rank)).backward()
     found = (result.matrices, result.all_reduce().matrices, sharded_alignment.result().matrices)
@@ -536,7 +347,10 @@ def test_ranks_count_their_own_tokens_and_join_them_on_request(tmp_path: Path):
     mp.spawn(_align_on_a_rank, args=(str(tmp_path),), nprocs=2)
     found = [torch.load(tmp_path / f"{rank}.pt", weights_only=False) for rank in range(2)]
     model = llama()
-    alignment, spectrum = SpectralAlignment(model), SpectrumMonitor(model).measure()
+    alignment, spectrum = (
+        SpectralAlignment(model, select_targets(model)),
+        SpectrumMonitor(select_targets(model)).measure(),
+    )
     with alignment.armed(spectrum):
         for rank in range(2):
             with alignment.armed(spectrum):
