@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-import logging
 from collections.abc import Mapping
+from functools import partial
 from typing import Any, cast
 
 import lightning.pytorch as pl
@@ -13,20 +13,14 @@ from lightning.pytorch.strategies import DeepSpeedStrategy, FSDPStrategy
 from lightning.pytorch.utilities import rank_zero_info
 from torch import Tensor
 from torch.optim import Optimizer
-from torch.utils.hooks import RemovableHandle
 
-from msign_lightning import tensorboard
-from msign_lightning.monitor import Monitor, Reading, grad_norm
-from msign_lightning.restoration import Report, Restoration, was_skipped
-from msign_lightning.settings import MonitorSettings, RestorationSettings
+from msign_lightning.shells import MonitorShell, RestorationShell, Sink
 from msign_lightning.spike_no_more import SpikeNoMoreSettings, add_shortcut_, spike_no_more_
 
 __all__ = ["MSignCallback", "SpikeNoMoreCallback", "StabilityMonitor", "gradient_scale"]
 
-log = logging.getLogger(__name__)
 
-
-class MSignCallback(RestorationSettings, Callback):
+class MSignCallback(RestorationShell, Callback):
     """Restores the stable rank of weight matrices every `period` optimizer steps (MSign, arXiv 2602.01734).
 
     After optimizer steps P, 2P, 3P, … each target W becomes ‖W‖_F · UVᵀ / ‖UVᵀ‖_F (Eq. 14), where W = USVᵀ is its
@@ -54,11 +48,6 @@ class MSignCallback(RestorationSettings, Callback):
         RuntimeError: When fitting starts under DeepSpeed or FSDP1, which train flat copies of the weights.
     """
 
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        self._restoration: Restoration | None = None
-        self._steps: list[int] = []
-
     @property
     def state_key(self) -> str:
         """One key per settings, so that a checkpoint holds the counts of several callbacks.
@@ -70,39 +59,21 @@ class MSignCallback(RestorationSettings, Callback):
     def on_fit_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Selects the targets and hooks into the optimizers, which exist by now."""
         _refuse_flat_weights(self, trainer)
-        self._detach()
-        self._restoration = Restoration(pl_module, **self.arguments())
-        loggers = trainer.loggers
-
-        def write(report: Report) -> None:
-            for logger in loggers:
-                logger.log_metrics(report.metrics(), step=report.step)
-            for writer in _tensorboard_writers(trainer):
-                tensorboard.add_mark(writer, tensorboard.APPLICATION, report.step)
-
-        self._restoration.attach(*trainer.optimizers, on_report=write)
-        fresh = trainer.ckpt_path is None and trainer.global_step == 0
-        if self._steps and not fresh:
-            self._restoration.load_state_dict({"steps": self._steps})
-        rank_zero_info(self._restoration.describe())
+        is_new = trainer.ckpt_path is None and trainer.global_step == 0
+        steps = [] if is_new else self._count()
+        rank_zero_info(self._start(pl_module, trainer.optimizers, steps, _sink(trainer)))
 
     def on_fit_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Lets go of the optimizers and of the model; the count stays, for another fit."""
-        self._detach()
+        self._stop()
 
     def on_exception(self, trainer: pl.Trainer, pl_module: pl.LightningModule, exception: BaseException) -> None:
         """Lets go likewise: after an exception no other hook of the end is called."""
-        self._detach()
-
-    def _detach(self) -> None:
-        if self._restoration is not None:
-            self._steps = self._restoration.steps
-            self._restoration.detach()
-            self._restoration = None
+        self._stop()
 
     def state_dict(self) -> dict[str, Any]:
         """The number of completed optimizer steps, per optimizer."""
-        return {"steps": list(self._steps) if self._restoration is None else self._restoration.steps}
+        return {"steps": self._count()}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Continues the saved count, whether fitting has started (as in sharded strategies) or not."""
@@ -118,7 +89,7 @@ class MSignCallback(RestorationSettings, Callback):
         self.load_state_dict({"steps": [checkpoint["global_step"] // optimizers] * optimizers})
 
 
-class StabilityMonitor(MonitorSettings, Callback):
+class StabilityMonitor(MonitorShell, Callback):
     """Sees a collapse coming: stable rank, Spectral Alignment, Jacobian alignment, loss and gradient norm.
 
     What is measured, and which alarms there are, is described at `msign_lightning.monitor.Monitor` and
@@ -146,16 +117,8 @@ class StabilityMonitor(MonitorSettings, Callback):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        self._monitor: Monitor | None = None
-        self._handles: list[RemovableHandle] = []
-        self._state: dict[str, Any] | None = None
-        self._begin_batch()
-
-    def _begin_batch(self) -> None:
         self._has_tried = False  # to step, in the batch at hand
-        self._completed = 0  # optimizer steps in the batch at hand
         self._losses: list[Tensor] = []  # of the batches that make up a step
-        self._grad_norm: Tensor | None = None
 
     @property
     def state_key(self) -> str:
@@ -165,43 +128,24 @@ class StabilityMonitor(MonitorSettings, Callback):
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Selects what to measure; by now the optimizers exist and a checkpoint has been loaded."""
         _refuse_flat_weights(self, trainer)
-        self._detach()
-        monitor = Monitor(pl_module, **self.arguments())
-        monitor.steps = trainer.global_step // max(1, len(trainer.optimizers))
-        if trainer.global_step > 0:
-            if self._state is None:
-                rank_zero_info("monitor: the checkpoint holds no state of this monitor, whose history starts anew")
-            else:
-                monitor.load_state_dict(self._state)
-
-        def count(optimizer: Optimizer, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-            self._completed += not was_skipped(optimizer)
-
-        self._handles = [optimizer.register_step_post_hook(count) for optimizer in trainer.optimizers[:1]]
-        self._monitor = monitor
-        self._begin_batch()
-        for writer in _tensorboard_writers(trainer):
-            tensorboard.add_layout(writer)
-        rank_zero_info(monitor.describe())
+        self._has_tried, self._losses = False, []
+        optimizers = trainer.optimizers
+        steps = trainer.global_step // len(optimizers)
+        rank_zero_info(self._start(pl_module, optimizers[0], steps, _sink(trainer)))
 
     def on_train_batch_start(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, batch: Any, batch_idx: int
     ) -> None:
         """Measures the weights, if that is due, and prepares to measure the forward passes."""
-        if self._monitor is not None:
-            self._monitor.begin()
+        self._begin_batch()
 
     def on_before_optimizer_step(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, optimizer: Optimizer
     ) -> None:
         """Takes the norm of the gradients, which are not yet clipped."""
-        if optimizer is not trainer.optimizers[0] or self._monitor is None:
-            return
-        self._has_tried = True
-        if not self._monitor.reads_next:
-            return
-        parameters = (parameter for group in optimizer.param_groups for parameter in group["params"])
-        self._grad_norm = grad_norm(parameters, gradient_scale(trainer, optimizer))
+        if optimizer is trainer.optimizers[0]:
+            self._has_tried = True
+            self._take_gradients(optimizer, lambda: gradient_scale(trainer, optimizer))
 
     def on_train_batch_end(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, outputs: Any, batch: Any, batch_idx: int
@@ -212,48 +156,23 @@ class StabilityMonitor(MonitorSettings, Callback):
             # Lightning has divided it by the number of batches in a step.
             parts = trainer.accumulate_grad_batches if pl_module.automatic_optimization else 1
             self._losses.append(loss.detach().mean() * parts)
-        if self._monitor is None or not (self._has_tried or self._completed):
+        if not (self._has_tried or self._completed):
             return
         mean = sum(self._losses) / len(self._losses) if self._losses else None
-        steps, norm = self._completed, self._grad_norm  # no step if a gradient scaler has skipped it
-        self._begin_batch()
-        for _ in range(steps):
-            self._write(trainer, self._monitor.end(mean, norm))
+        self._has_tried, self._losses = False, []
+        self._end_batch(mean)
 
     def on_fit_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Reads the last losses and lets go of model and optimizer."""
-        if self._monitor is not None:
-            self._write(trainer, self._monitor.close())
-        self._detach()
+        self._finish()
 
     def on_exception(self, trainer: pl.Trainer, pl_module: pl.LightningModule, exception: BaseException) -> None:
         """Lets go likewise: after an exception no other hook of the end is called."""
-        self._detach()
-
-    def _write(self, trainer: pl.Trainer, reading: Reading | None) -> None:
-        if reading is None:
-            return
-        for logger in trainer.loggers:
-            logger.log_metrics(reading.metrics, step=reading.step)
-        for writer in _tensorboard_writers(trainer):
-            tensorboard.add_reading(writer, reading)
-        if trainer.is_global_zero and (text := reading.describe()):
-            log.warning(text)
-        if reading.calls_for_action and self.on_alarm == "stop":
-            trainer.should_stop = True
-
-    def _detach(self) -> None:
-        for handle in self._handles:
-            handle.remove()
-        self._handles = []
-        if self._monitor is not None:
-            self._monitor.disarm()  # first, for after an error of the device its state can't be read
-            self._state = self.state_dict()
-            self._monitor = None
+        self._stop()
 
     def state_dict(self) -> dict[str, Any]:
         """What exact resumption needs: steps counted, active alarms, recent losses, and two vectors per matrix."""
-        return (self._state or {}) if self._monitor is None else self._monitor.state_dict()
+        return self._own_state() or {}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Continues from a saved state, when training starts."""
@@ -333,8 +252,14 @@ def _refuse_flat_weights(callback: Callback, trainer: pl.Trainer) -> None:
         )
 
 
-def _tensorboard_writers(trainer: pl.Trainer) -> list[Any]:
-    """Those of the trainer's TensorBoard loggers; elsewhere than on the first process there are none."""
-    if not trainer.is_global_zero:
-        return []
-    return [logger.experiment for logger in trainer.loggers if isinstance(logger, TensorBoardLogger)]
+def _sink(trainer: pl.Trainer) -> Sink:
+    def write(metrics: dict[str, float], step: int) -> None:
+        for logger in trainer.loggers:
+            logger.log_metrics(metrics, step=step)
+
+    def writers() -> list[Any]:
+        """Elsewhere than on the first process there are none."""
+        loggers = trainer.loggers if trainer.is_global_zero else []
+        return [logger.experiment for logger in loggers if isinstance(logger, TensorBoardLogger)]
+
+    return Sink(write, writers, partial(setattr, trainer, "should_stop", True), trainer.is_global_zero)

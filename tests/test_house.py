@@ -30,7 +30,8 @@ LAYERS = (
     ("alignment",),
     ("monitor",),
     ("tensorboard",),
-    ("callbacks",),
+    ("shells",),
+    ("callbacks", "transformers"),
 )
 """Modules of `msign_lightning`, lowest first: each may import only what stands below it."""
 

@@ -135,7 +135,7 @@ def fit(tmp_path: Path, *callbacks: Callback, module: Module | None = None, batc
 
 
 def warned(caplog) -> list[str]:
-    return [r.message for r in caplog.records if (r.name, r.levelname) == ("msign_lightning.callbacks", "WARNING")]
+    return [r.message for r in caplog.records if (r.name, r.levelname) == ("msign_lightning.shells", "WARNING")]
 
 
 # --- readings ----------------------------------------------------------------------------------------------------

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import logging
 import warnings
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 from composer.algorithms.sam import SAMOptimizer
@@ -15,10 +16,9 @@ from composer.utils import dist, ensure_tuple
 from torch import nn
 from torch.optim import Optimizer
 
-from msign_lightning import tensorboard
 from msign_lightning.linalg import Method, Rule
 from msign_lightning.restoration import Report, Restoration
-from msign_lightning.settings import RestorationSettings
+from msign_lightning.shells import RestorationShell, Sink
 from msign_lightning.targets import Cut, EmptySelectionError
 
 log = logging.getLogger(__name__)
@@ -69,7 +69,7 @@ def apply_msign(
     return restoration.apply()
 
 
-class MSign(RestorationSettings, Algorithm):
+class MSign(RestorationShell, Algorithm):
     """Restores the stable rank of weight matrices every `period` optimizer steps (MSign, arXiv 2602.01734).
 
     After optimizer steps P, 2P, 3P, … each target W becomes ‖W‖_F · UVᵀ / ‖UVᵀ‖_F (Eq. 14), where W = USVᵀ is its
@@ -99,48 +99,23 @@ class MSign(RestorationSettings, Algorithm):
         RuntimeError: When fitting starts under FSDP1, which keeps no matrix in one piece.
     """
 
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        self._restoration: Restoration | None = None
-        self._steps: list[int] = []
-
     def match(self, event: Event, state: State) -> bool:
         """Where a trainer begins, and where fitting begins and ends; in between, the optimizers call."""
         return event in (Event.INIT, Event.FIT_START, Event.FIT_END)
 
     def apply(self, event: Event, state: State, logger: Logger) -> None:
         """Selects the targets and hooks into the optimizers when fitting starts; otherwise lets go of them."""
-        self._steps = self._count()
-        if self._restoration is not None:
-            self._restoration.detach()
-            self._restoration = None
+        self._stop()
         if event == Event.INIT:
             self._steps = []
         elif event == Event.FIT_START:
-            self._attach(state, logger)
-
-    def _attach(self, state: State, logger: Logger) -> None:
-        refuse_flat_weights(self, state)
-        try:
-            restoration = Restoration(state.model, **self.arguments())
-        except EmptySelectionError as error:
-            warnings.warn(NoEffectWarning(f"MSign has no effect: {error}"), stacklevel=2)
-            return
-        optimizers = [innermost(optimizer) for optimizer in ensure_tuple(state.optimizers)]
-
-        def write(report: Report) -> None:
-            logger.log_metrics(report.metrics())
-            for writer in tensorboard_writers(logger):
-                tensorboard.add_mark(writer, tensorboard.APPLICATION, report.step)
-
-        restoration.attach(*optimizers, on_report=write)
-        if batches := int(state.timestamp.batch):  # at zero the run is new, or `fit(reset_time=True)` says so
-            restoration.load_state_dict({"steps": self._steps or [batches] * len(optimizers)})
-        self._restoration = restoration
-        log.info(restoration.describe())
-
-    def _count(self) -> list[int]:
-        return list(self._steps) if self._restoration is None else self._restoration.steps
+            refuse_flat_weights(self, state)
+            optimizers = [innermost(optimizer) for optimizer in ensure_tuple(state.optimizers)]
+            batches = int(state.timestamp.batch)  # at zero the run is new, or `fit(reset_time=True)` says so
+            steps = self._steps or [batches] * len(optimizers) if batches else []
+            own_step = sink(state, logger)._replace(log=lambda metrics, step: logger.log_metrics(metrics))
+            with no_effect_warning(self):
+                log.info(self._start(state.model, optimizers, steps, own_step))
 
     def state_dict(self) -> dict[str, Any]:
         """The representation, as of every algorithm, and the completed optimizer steps, per optimizer.
@@ -155,6 +130,15 @@ class MSign(RestorationSettings, Algorithm):
         self._steps = list(state["steps"])
 
 
+@contextmanager
+def no_effect_warning(method: object) -> Iterator[None]:
+    """Warns where a model has no matrix of the kind that is looked for."""
+    try:
+        yield
+    except EmptySelectionError as error:
+        warnings.warn(NoEffectWarning(f"{type(method).__name__} has no effect: {error}"), stacklevel=3)
+
+
 def refuse_flat_weights(method: object, state: State) -> None:
     """Raises where FSDP1 keeps no matrix in one piece."""
     if state.fsdp_config_version == 1:
@@ -167,7 +151,12 @@ def innermost(optimizer: Optimizer) -> Optimizer:
     return optimizer.base_optimizer if isinstance(optimizer, SAMOptimizer) else optimizer
 
 
-def tensorboard_writers(logger: Logger) -> list[Any]:
-    """Those of the trainer's TensorBoard loggers, on the processes that have one."""
+def sink(state: State, logger: Logger) -> Sink:
+    """Where a callback's words go; TensorBoard's writers are on the processes that have one."""
     loggers = [d for d in logger.destinations if isinstance(d, TensorboardLogger)]
-    return [d.writer for d in loggers if d.writer is not None and (dist.get_global_rank() == 0 or not d.rank_zero_only)]
+    is_first = dist.get_global_rank() == 0
+
+    def writers() -> list[Any]:
+        return [d.writer for d in loggers if d.writer is not None and (is_first or not d.rank_zero_only)]
+
+    return Sink(logger.log_metrics, writers, state.stop_training, is_first)

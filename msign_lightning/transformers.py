@@ -1,0 +1,71 @@
+"""MSign for the `Trainer` of Hugging Face: a thin shell around the framework-free core, like `MSignCallback`."""
+
+from __future__ import annotations
+
+import json
+import logging
+from dataclasses import asdict
+from typing import Any, cast
+
+from torch import nn
+from torch.distributed.tensor import DTensor
+from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+from transformers.trainer_callback import ExportableState
+
+from msign_lightning.shells import RestorationShell, Sink
+
+log = logging.getLogger(__name__)
+
+
+class MSignTrainerCallback(RestorationShell, TrainerCallback, ExportableState):
+    """Restores the stable rank of weight matrices every `period` optimizer steps (MSign, arXiv 2602.01734).
+
+    It happens inside `optimizer.step()`, as with the Lightning callback, and only completed optimizer steps count. Each
+    application is noted in `trainer.state.log_history` under `msign/...`.
+
+    Resuming from a checkpoint continues the count exactly. A checkpoint that was saved without this callback, or with
+    other arguments, continues at the trainer's own count of optimizer steps.
+
+    Example::
+
+        trainer = Trainer(model, args, callbacks=[MSignTrainerCallback()])
+
+    The arguments are those of `msign_lightning.settings.RestorationSettings`.
+
+    Raises:
+        ValueError: An argument is out of its range; or when training starts, nothing is selected.
+        RuntimeError: When training starts under DeepSpeed or FSDP1, which train flat copies of the weights.
+    """
+
+    def on_train_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        """Selects the targets and hooks into the optimizer, which exists by now."""
+        model: nn.Module = kwargs["model"]
+        is_flat = args.fsdp and not any(isinstance(parameter, DTensor) for parameter in model.parameters())
+        if args.deepspeed or is_flat:
+            name = "DeepSpeed" if args.deepspeed else "FSDP1"
+            raise RuntimeError(f"MSignTrainerCallback does not support {name}, which flattens the weights: use FSDP2")
+        self._steps = []
+
+        def write(metrics: dict[str, float], step: int) -> None:
+            state.log_history.append({**metrics, "step": step})
+
+        log.info(self._start(model, [kwargs["optimizer"]], self._saved_steps(state), Sink(write)))
+
+    def _saved_steps(self, state: TrainerState) -> list[int]:
+        saved: Any = (cast(Any, state.stateful_callbacks) or {}).get(type(self).__name__, [])
+        states = saved if isinstance(saved, list) else [saved]
+        mine = [each for each in states if each["args"] == self.state()["args"]]
+        exact = mine[0]["attributes"]["_steps"] if mine else []
+        return (exact or [state.global_step]) if state.global_step else []
+
+    def on_train_end(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        """Lets go of optimizer and model."""
+        self._stop()
+
+    def state(self) -> dict[str, Any]:
+        """The arguments and the number of completed optimizer steps, for a checkpoint."""
+        return {"args": json.loads(json.dumps(asdict(self))), "attributes": {"_steps": self._count()}}
