@@ -162,9 +162,9 @@ class Restoration:
     ) -> list[RemovableHandle]:
         """Steps by itself after each step of the optimizer, through its post-step hook.
 
-        Counting goes on from a state loaded before, if that had as many optimizers. A step that a gradient scaler
-        skips is not counted. With several optimizers each counts its own steps, and an
-        application after a step of one restores only the matrices which that one trains.
+        Counting goes on from a state loaded before. A step that a gradient scaler skips is not counted. With several
+        optimizers each counts its own steps, and an application after a step of one restores only the matrices which
+        that one trains.
 
         Args:
             *optimizers: One optimizer, or all of those that train the targets; bare or wrapped by Fabric or accelerate.
@@ -174,7 +174,8 @@ class Restoration:
             One handle per optimizer; `handle.remove()` detaches.
 
         Raises:
-            ValueError: No optimizer is given, something else is, or one of the targets is trained by none of them.
+            ValueError: No optimizer is given, something else is, another number of them than was counted before, or one
+                of the targets is trained by none of them.
             RuntimeError: It is attached already.
         """
         if self._is_attached:
@@ -182,6 +183,10 @@ class Restoration:
         optimizers = tuple(map(_hookable, optimizers))
         self._shares = _share_out(self.targets, optimizers)
         if len(self._steps) != len(optimizers):
+            if any(self._steps):
+                raise ValueError(
+                    f"optimizers must be as many as have been counted ({len(self._steps)}), got {len(optimizers)}"
+                )
             self._steps = [0] * len(optimizers)
 
         def hook_for(index: int) -> Callable[[Optimizer, tuple[Any, ...], dict[str, Any]], None]:

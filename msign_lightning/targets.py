@@ -262,7 +262,7 @@ def format_targets(targets: Sequence[Target], *, period: int | None = None, mode
 # --- what there is -----------------------------------------------------------------------------------------------
 
 # Names that a wrapper gives its child. A model may well use `module` too, so that one goes by the wrapper's class.
-_WRAPPER_CHILDREN = {"_orig_mod", "_fsdp_wrapped_module", "_checkpoint_wrapped_module"}
+_WRAPPER_CHILDREN = {"_orig_mod", "_fsdp_wrapped_module", "_checkpoint_wrapped_module", "_forward_module"}
 _MODULE_WRAPPERS = (nn.DataParallel, nn.parallel.DistributedDataParallel)
 _DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 

@@ -12,6 +12,7 @@ import pytest
 import torch
 
 os.environ["OMP_NUM_THREADS"] = "1"  # for the processes that tests start
+os.environ["JSONARGPARSE_DEPRECATION_WARNINGS"] = "off"  # of what Lightning calls of it
 torch.set_num_threads(1)
 
 collect_ignore = (

@@ -8,6 +8,7 @@ import lightning.pytorch as pl
 import numpy as np
 import pytest
 import torch
+from lightning.pytorch.plugins import MixedPrecision
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from msign_lightning import select_targets, stable_rank
@@ -311,31 +312,35 @@ class TestZClip:
             mean = 0.97 * mean + 0.03 * taken
             variance = 0.97 * variance + 0.03 * (taken - mean) ** 2
 
-    def test_gradients_are_clipped_before_the_optimizer_sees_them(self, tmp_path):
+    @pytest.mark.parametrize("scale", [1.0, 8.0], ids=["plain", "fused, under a scaler"])
+    def test_gradients_are_clipped_before_the_optimizer_sees_them(self, tmp_path, scale):
+        norms = []
+
         class Outlier(pl.LightningModule):
             """Its gradient norm is that of the batch: about 1, and 50 once."""
 
             def __init__(self):
                 super().__init__()
                 self.weight = torch.nn.Parameter(torch.zeros(4))
-                self.norms = []
 
             def training_step(self, batch, batch_idx):
                 return (batch * self.weight).sum()
 
             def configure_optimizers(self):
-                return torch.optim.SGD(self.parameters(), lr=0.1)
+                return torch.optim.AdamW(self.parameters(), lr=0.1, fused=scale != 1)
 
-            def optimizer_step(self, epoch, batch_idx, optimizer, closure):
-                super().optimizer_step(epoch, batch_idx, optimizer, closure)
-                self.norms.append(self.weight.grad.norm().item())
+        class Norms(pl.Callback):
+            def on_before_optimizer_step(self, trainer, pl_module, optimizer):
+                norms.append(pl_module.weight.grad.norm().item() / scale)
 
+        scaler = torch.amp.GradScaler("cpu", init_scale=scale)
         random = np.random.default_rng(0)
         given = [*random.normal(1, 0.1, 30), 50.0, 1.0]
         module = Outlier()
         trainer = pl.Trainer(
             max_steps=len(given),
-            callbacks=[ZClip()],
+            callbacks=[ZClip(), Norms()],
+            plugins=[MixedPrecision("16-mixed", "cpu", scaler)] if scale != 1 else None,
             default_root_dir=tmp_path,
             accelerator="cpu",
             logger=False,
@@ -345,9 +350,9 @@ class TestZClip:
         )
         batches = [torch.tensor([norm, 0, 0, 0], dtype=torch.float32) for norm in given]
         trainer.fit(module, torch.utils.data.DataLoader(batches, batch_size=None))
-        assert module.norms[:25] == pytest.approx(given[:25])
-        assert module.norms[31] == pytest.approx(1)
-        assert 0.5 < module.norms[30] < 1.5
+        assert norms[:25] == pytest.approx(given[:25])
+        assert norms[31] == pytest.approx(1)
+        assert 0.5 < norms[30] < 1.5
 
 
 class TestMuon:

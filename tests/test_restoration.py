@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 import torch.multiprocessing as mp
+from lightning.fabric import Fabric
 from torch import Tensor, nn
 from torch.profiler import ProfilerActivity, profile
 from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM
@@ -279,6 +280,85 @@ def test_several_optimizers_count_apart_and_restore_what_they_train():
         handle.remove()
     fast.step()
     assert restoration.steps == [2, 4, 2]
+
+
+def test_applying_by_hand_restores_what_all_optimizers_train():
+    model, expected = llama(), llama()
+    attention = [model.get_parameter(name) for name in LLAMA_ATTENTION]
+    restoration = Restoration(model, exclude=LLAMA_MLP[1:])
+    restoration.attach(torch.optim.SGD(attention), torch.optim.SGD([model.get_parameter(LLAMA_MLP[0])]))
+    assert {m.name for m in restoration.apply().matrices} == {*LLAMA_ATTENTION, LLAMA_MLP[0]}
+    Restoration(expected, exclude=LLAMA_MLP[1:]).apply()
+    assert_same(weights(model), weights(expected))
+
+
+def test_attaching_twice_or_stepping_by_hand_besides_is_an_error():
+    model = llama()
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    restoration = Restoration(model, period=2)
+    restoration.step()
+    (handle,) = restoration.attach(optimizer)
+    with pytest.raises(RuntimeError, match="attached already: detach it first"):
+        restoration.attach(optimizer)
+    with pytest.raises(RuntimeError, match=r"steps by itself: don't call step\(\)"):
+        restoration.step()
+    optimizer.step()
+    assert restoration.steps == [2]
+    handle.remove()
+    restoration.step()
+    restoration.attach(optimizer)
+    restoration.detach()
+    optimizer.step()
+    assert restoration.steps == [3]
+
+
+@pytest.mark.parametrize("wrong", [llama(), None, "adamw"], ids=["model", "none", "name"])
+def test_only_optimizers_can_be_attached(wrong):
+    with pytest.raises(ValueError, match=f"must be optimizers of PyTorch or wrap one, got {type(wrong).__name__}"):
+        Restoration(llama()).attach(wrong)
+
+
+def test_a_count_of_other_optimizers_is_refused():
+    model = llama()
+    restoration = Restoration(model)
+    restoration.load_state_dict({"steps": [3]})
+    optimizer = torch.optim.SGD(model.parameters())
+    with pytest.raises(ValueError, match=r"as many as have been counted \(1\), got 2"):
+        restoration.attach(optimizer, optimizer)
+
+
+@pytest.mark.parametrize("first", ["attach", "setup"])
+def test_fabric(first, tmp_path):
+    fabric = Fabric(accelerator="cpu", devices=1)
+    model = llama()
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    reports = []
+    if first == "attach":
+        Restoration(model, 2, "model.layers.0.*").attach(optimizer, on_report=reports.append)
+    wrapped, wrapped_optimizer = fabric.setup(model, optimizer)
+    if first == "setup":
+        Restoration(wrapped, 2, "model.layers.0.*").attach(wrapped_optimizer, on_report=reports.append)
+    for _ in range(3):
+        loss = wrapped(input_ids=torch.zeros(1, 4, dtype=torch.long), labels=torch.zeros(1, 4, dtype=torch.long)).loss
+        fabric.backward(loss)
+        wrapped_optimizer.step()
+    (report,) = reports
+    assert {m.name for m in report.matrices} == {n for n in LLAMA_ATTENTION + LLAMA_MLP if ".0." in n}
+
+
+def test_a_report_takes_one_transfer_from_the_device(monkeypatch):
+    model = llama()
+    calls = []
+
+    def count(name: str) -> None:
+        original = getattr(Tensor, name)
+        monkeypatch.setattr(Tensor, name, lambda tensor: calls.append(name) or original(tensor))
+
+    for name in ("tolist", "item", "cpu"):
+        count(name)
+    report = Restoration(model, method="polynomial").apply()
+    assert len(report.matrices) == 14
+    assert calls == ["tolist"]
 
 
 def test_several_optimizers_must_train_every_target():

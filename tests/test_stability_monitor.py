@@ -36,7 +36,7 @@ from torch.utils.tensorboard import SummaryWriter
 
 from msign_lightning import MSignCallback, StabilityMonitor
 from msign_lightning.alignment import Alignment
-from msign_lightning.collapse import Alarm
+from msign_lightning.collapse import Alarm, CollapseDetector
 from msign_lightning.jacobian import BlockJacobians
 from msign_lightning.monitor import Reading
 from msign_lightning.tensorboard import add_reading
@@ -288,6 +288,29 @@ def test_a_checkpoint_without_its_state_goes_on_at_the_trainers_count(tmp_path, 
     assert list(trainer.logger.rows) == [8, 10]
 
 
+@pytest.mark.filterwarnings("ignore:Be aware that when using `ckpt_path`")
+def test_what_is_logged_and_done_may_change_before_a_resume_and_the_history_stays(tmp_path, caplog):
+    fit(tmp_path, StabilityMonitor({"stable_rank": 2}), max_steps=6).trainer.save_checkpoint(tmp_path / "last.ckpt")
+    for measure, kept in (({"stable_rank": 3}, True), ({"spectral_alignment": 3}, False)):
+        monitor = StabilityMonitor(measure, "stop", per_matrix=True, stop=50, cooldown=9, thresholds={"spike": None})
+        caplog.clear()
+        with caplog.at_level(logging.INFO):
+            make_trainer(tmp_path, monitor, max_steps=9).fit(
+                Module(), windows(10), windows(2), ckpt_path=tmp_path / "last.ckpt"
+            )
+        assert monitor.state_dict()["spectra"]["measurements"] == (4 if kept else 1)
+        assert len(monitor.state_dict()["detector"]["losses"]) == (9 if kept else 3)
+        assert ("holds no state of this monitor: its history starts anew" in caplog.text) != kept
+
+
+def test_an_alarm_that_was_turned_off_before_a_resume_is_no_longer_on():
+    detector = CollapseDetector(stable_rank=2.0)
+    assert len(detector.update(1, loss=math.nan, stable_ranks={"w": 1.0})) == 2
+    resumed = CollapseDetector(stable_rank=None)
+    resumed.load_state_dict(detector.state_dict())
+    assert resumed.active == (("non_finite", "loss"),)
+
+
 def test_fit_twice_goes_on_and_a_new_trainer_starts_anew(tmp_path):
     monitor, module = StabilityMonitor({"stable_rank": 4}), Module()
     trainer = make_trainer(tmp_path, monitor, max_steps=-1, max_epochs=1, limit_train_batches=5)
@@ -477,6 +500,14 @@ def test_alarms_of_steps_in_a_row_all_stay_marked(tmp_path):
         add_reading(writer, Reading(10, alarms=raised))
     marks = EventAccumulator(str(tmp_path)).Reload().Scalars("marks/alarms")
     assert [(e.step, e.value) for e in marks] == [(3, 0), (4, 1), (5, 1), (6, 0), (7, 1), (8, 0)]
+
+
+def test_applications_of_every_step_all_stay_marked(tmp_path):
+    logger = TensorBoardLogger(tmp_path)
+    fit(tmp_path, MSignCallback(period=1, start=3, stop=5), logger=logger)
+    seen = EventAccumulator(logger.log_dir).Reload().Scalars("marks/applications")
+    shown = {event.step: event.value for event in seen}  # the last value of a step is what TensorBoard shows
+    assert shown == {2: 0, 3: 1, 4: 1, 5: 1, 6: 0}
 
 
 def test_defaults_are_quiet(tmp_path):
