@@ -17,7 +17,6 @@ if TYPE_CHECKING:
     from msign_lightning.linalg import stable_rank as stable_rank
     from msign_lightning.restoration import Report as Report
     from msign_lightning.restoration import Restoration as Restoration
-    from msign_lightning.settings import Schedule as Schedule
     from msign_lightning.spike_no_more import spike_no_more_ as spike_no_more_
     from msign_lightning.targets import Cut as Cut
     from msign_lightning.targets import Target as Target
@@ -28,7 +27,6 @@ _MODULES = {
     "callbacks": ("MSignCallback", "SpikeNoMoreCallback", "StabilityMonitor"),
     "linalg": ("msign", "restore", "stable_rank"),
     "restoration": ("Report", "Restoration"),
-    "settings": ("Schedule",),
     "spike_no_more": ("spike_no_more_",),
     "targets": ("Cut", "Target", "format_targets", "select_targets"),
 }

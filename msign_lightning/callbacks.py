@@ -23,25 +23,15 @@ __all__ = ["MSignCallback", "SpikeNoMoreCallback", "StabilityMonitor", "gradient
 class MSignCallback(RestorationShell, Callback):
     """Restores the stable rank of weight matrices every `period` optimizer steps (MSign, arXiv 2602.01734).
 
-    After optimizer steps P, 2P, 3P, … each target W becomes ‖W‖_F · UVᵀ / ‖UVᵀ‖_F (Eq. 14), where W = USVᵀ is its
-    reduced SVD. It happens inside `optimizer.step()`, hence before learning rate schedulers, weight averaging,
-    checkpoints and validation, whatever the order of the callbacks. Only completed optimizer steps count: not the
-    micro-batches of gradient accumulation, nor steps that a gradient scaler skips. With several optimizers each counts
-    its own steps and restores the matrices that it trains.
-
-    Each application is written to all loggers of the trainer under `msign/...`, at the number of optimizer steps.
+    See `RestorationSettings` for what happens when, and for the arguments. Each application is written to all loggers
+    of the trainer under `msign/...`, at the number of optimizer steps.
 
     Resuming from a checkpoint continues the count exactly. A checkpoint that was saved without this callback continues
     at the trainer's own count of optimizer steps.
 
-    An application disturbs the loss for some steps: let none fall on the last steps before the final evaluation,
-    e.g. with `stop=max_steps - period`.
-
     Example::
 
         trainer = Trainer(callbacks=[MSignCallback()])
-
-    The arguments are those of `RestorationSettings`.
 
     Raises:
         ValueError: An argument is out of its range; or when fitting starts, nothing is selected.
@@ -92,23 +82,14 @@ class MSignCallback(RestorationShell, Callback):
 class StabilityMonitor(MonitorShell, Callback):
     """Sees a collapse coming: stable rank, Spectral Alignment, Jacobian alignment, loss and gradient norm.
 
-    What is measured, and which alarms there are, is described at `msign_lightning.monitor.Monitor` and
-    `msign_lightning.collapse.CollapseDetector`. Readings go to all loggers at the number of optimizer steps: every
-    ten steps mean loss and last gradient norm (before clipping) as `stability/...`, measurements as `stable_rank/...`,
-    `sign_diversity/...` and `jacobian_.../...`. In TensorBoard, the page "Custom Scalars" shows them in order, with
-    alarms and applications marked.
-
-    With several optimizers the steps and gradients of the first count. The loss is what `training_step` returns, as a
-    tensor or under "loss"; without it there are no alarms of the loss. Resuming from a checkpoint is exact; all
-    arguments but `targets`, `exclude`, `blocks` and the quantities of `measure` may be changed before.
+    See `MonitorSettings` for what is logged, and for the arguments. The loss is what `training_step` returns, as a
+    tensor or under "loss"; without it there are no alarms of the loss.
 
     Matrices are restored at the end of the batch: a callback that averages weights must come after this one to see it.
 
     Example::
 
         trainer = Trainer(callbacks=[StabilityMonitor(on_alarm="restore")])
-
-    The arguments are those of `MonitorSettings`.
 
     Raises:
         ValueError: An argument is out of its range; or when training starts, nothing is selected.
@@ -204,8 +185,6 @@ class SpikeNoMoreCallback(SpikeNoMoreSettings, Callback):
     Example::
 
         trainer = Trainer(callbacks=[SpikeNoMoreCallback()])
-
-    The arguments are those of `SpikeNoMoreSettings`; the embedding's name is that in the LightningModule.
 
     Raises:
         ValueError: An argument is out of its range; or in `setup`, the embedding, the matrices or their outputs can't

@@ -16,7 +16,7 @@ from torch.utils.hooks import RemovableHandle
 
 from msign_lightning.linalg import Method, Rule, default_rtol, restore_
 from msign_lightning.matrices import batches
-from msign_lightning.settings import RestorationSettings, Schedule, with_settings
+from msign_lightning.settings import RestorationSettings, with_settings
 from msign_lightning.targets import Target, select_targets
 
 __all__ = ["MatrixReport", "Report", "Restoration", "Restorer", "was_skipped"]
@@ -150,7 +150,7 @@ class Restoration:
 
     @with_settings(RestorationSettings)
     def __init__(self, model: nn.Module, settings: RestorationSettings) -> None:
-        self.schedule = Schedule(settings.period, settings.start, settings.stop)
+        self.settings = settings
         self.targets = select_targets(model, settings.targets, exclude=settings.exclude, cuts=settings.cuts)
         self._restorer = Restorer(self.targets, rule=settings.rule, method=settings.method, rtol=settings.rtol)
         self._shares: list[Collection[str] | None] = [None]
@@ -226,7 +226,7 @@ class Restoration:
     def _step(self, optimizer: int) -> Report | None:
         self._steps[optimizer] += 1
         step, names = self._steps[optimizer], self._shares[optimizer]
-        is_due = self.schedule.due(step) and (names is None or len(names))
+        is_due = self.settings.due(step) and (names is None or len(names))
         return self._restorer.apply(names, step=step) if is_due else None
 
     def apply(self, names: Collection[str] | None = None) -> Report:
@@ -243,8 +243,8 @@ class Restoration:
         flops = sum(target.svd_flops for target in self.targets)
         return (
             f"{self._restorer.rule}: {sum(groups.values())} matrices ({counts}) of {parameters} parameters "
-            f"every {self.schedule.period} optimizer steps from {self.schedule.first} on"
-            f"{'' if self.schedule.stop is None else f' up to {self.schedule.stop}'}, {flops:.1e} SVD FLOPs each time"
+            f"every {self.settings.period} optimizer steps from {self.settings.first} on"
+            f"{'' if self.settings.stop is None else f' up to {self.settings.stop}'}, {flops:.1e} SVD FLOPs each time"
         )
 
     @property

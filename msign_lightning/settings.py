@@ -19,57 +19,12 @@ from msign_lightning.collapse import CollapseDetector
 from msign_lightning.linalg import Method, Rule, check_options
 from msign_lightning.targets import Cut
 
-__all__ = ["MonitorSettings", "OnAlarm", "Quantity", "RestorationSettings", "Schedule", "Settings", "with_settings"]
+__all__ = ["MonitorSettings", "OnAlarm", "Quantity", "RestorationSettings", "Settings", "with_settings"]
 
 Quantity = Literal["stable_rank", "spectral_alignment", "jacobian_alignment"]
 OnAlarm = Literal["log", "stop", "restore"]
 
 DEFAULT_MEASURE: dict[Quantity, int] = {"stable_rank": 100, "spectral_alignment": 200}
-
-
-@dataclass(frozen=True)
-class Schedule:
-    """After which optimizer steps the weights are restored: P, 2P, 3P, … between `start` and `stop`.
-
-    Steps count from 1: step t is the t-th *completed* optimizer step, so nothing ever happens "at step 0", before
-    training. MSign (arXiv 2602.01734, Algorithm 1) is `Schedule(period=100)`.
-
-    Args:
-        period: P, the number of optimizer steps between two applications.
-        start: First step at which an application may happen.
-        stop: Last step at which an application may happen; None for no end. An application disturbs the loss for
-            some steps, so a run of T steps that is evaluated at its end is best given `stop=T - period`.
-
-    Raises:
-        ValueError: `period` is not a positive integer, `start` or `stop` is not an integer ≥ 0, start > stop, or
-            no multiple of `period` lies between them.
-    """
-
-    period: int = 100
-    start: int = 0
-    stop: int | None = None
-
-    def __post_init__(self) -> None:
-        check_integer("period", self.period, minimum=1)
-        check_integer("start", self.start, minimum=0)
-        if self.stop is not None:
-            check_integer("stop", self.stop, minimum=0)
-            if self.start > self.stop:
-                raise ValueError(f"start must be at most stop, got start={self.start}, stop={self.stop}")
-            if self.first > self.stop:
-                raise ValueError(
-                    f"stop must be at least {self.first}, the first multiple of period {self.period} "
-                    f"from start {self.start} on, got {self.stop}"
-                )
-
-    @property
-    def first(self) -> int:
-        """The first step that an application follows."""
-        return self.period * max(1, -(-self.start // self.period))
-
-    def due(self, step: int) -> bool:
-        """Whether an application follows optimizer step number `step`."""
-        return step > 0 and step % self.period == 0 and self.start <= step and (self.stop is None or step <= self.stop)
 
 
 def check_integer(name: str, value: object, minimum: int, unit: str = "") -> None:
@@ -94,6 +49,15 @@ class Settings:
 @dataclass(eq=False)
 class RestorationSettings(Settings):
     """Which matrices are restored, when and how.
+
+    After optimizer steps P, 2P, 3P, … each target W becomes ‖W‖_F · UVᵀ / ‖UVᵀ‖_F (arXiv 2602.01734, Eq. 14), where
+    W = USVᵀ is its reduced SVD. It happens inside `optimizer.step()`, hence before learning rate schedulers, weight
+    averaging, checkpoints and validation, whatever the order of the callbacks. Only completed optimizer steps count:
+    not the micro-batches of gradient accumulation, nor steps that a gradient scaler skips. With several optimizers each
+    counts its own steps and restores the matrices that it trains.
+
+    An application disturbs the loss for some steps: let none fall on the last steps before the final evaluation, e.g.
+    with `stop=max_steps - period`.
 
     Args:
         period: P, the number of optimizer steps between two applications.
@@ -122,13 +86,40 @@ class RestorationSettings(Settings):
     stop: int | None = None
 
     def __post_init__(self) -> None:
-        Schedule(self.period, self.start, self.stop)
+        check_integer("period", self.period, minimum=1)
+        check_integer("start", self.start, minimum=0)
+        if self.stop is not None:
+            check_integer("stop", self.stop, minimum=0)
+            if self.start > self.stop:
+                raise ValueError(f"start must be at most stop, got start={self.start}, stop={self.stop}")
+            if self.first > self.stop:
+                raise ValueError(
+                    f"stop must be at least {self.first}, the first multiple of period {self.period} "
+                    f"from start {self.start} on, got {self.stop}"
+                )
         check_options(rule=self.rule, method=self.method, rtol=self.rtol)
+
+    @property
+    def first(self) -> int:
+        """The first step that an application follows."""
+        return self.period * max(1, -(-self.start // self.period))
+
+    def due(self, step: int) -> bool:
+        """Whether an application follows optimizer step number `step`, counted from 1."""
+        return step % self.period == 0 and step >= self.first and (self.stop is None or step <= self.stop)
 
 
 @dataclass(eq=False)
 class MonitorSettings(Settings):
-    """What is measured, how often, and what an alarm does.
+    """What is measured, how often, and what an alarm does; see `msign_lightning.monitor.Monitor`.
+
+    Readings are logged at the number of optimizer steps: every ten steps mean loss and last gradient norm (before
+    clipping) as `stability/...`, measurements as `stable_rank/...`, `sign_diversity/...` and `jacobian_.../...`. In
+    TensorBoard, the page "Custom Scalars" shows them in order, with alarms and applications marked. With several
+    optimizers the steps and gradients of the first count.
+
+    Resuming from a checkpoint is exact. All arguments but `targets`, `exclude`, `blocks` and the quantities of
+    `measure` may be changed before.
 
     Args:
         measure: "stable_rank", "spectral_alignment" or "jacobian_alignment" → cadence in optimizer steps; None for

@@ -13,7 +13,8 @@ from torch import Tensor, nn
 from torch.profiler import ProfilerActivity, profile
 from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM
 
-from msign_lightning import Restoration, Schedule, matrices, restore, select_targets, stable_rank
+from msign_lightning import Restoration, matrices, restore, select_targets, stable_rank
+from msign_lightning.settings import RestorationSettings
 
 
 def llama(dtype: torch.dtype = torch.float32) -> LlamaForCausalLM:
@@ -57,11 +58,11 @@ def assert_same(a: dict[str, Tensor], b: dict[str, Tensor]) -> None:
 @pytest.mark.parametrize(
     ("schedule", "expected"),
     [
-        (Schedule(3), [3, 6, 9, 12]),
-        (Schedule(1, start=2, stop=4), [2, 3, 4]),
-        (Schedule(3, start=4), [6, 9, 12]),
-        (Schedule(3, stop=9), [3, 6, 9]),
-        (Schedule(100), []),
+        (RestorationSettings(3), [3, 6, 9, 12]),
+        (RestorationSettings(1, start=2, stop=4), [2, 3, 4]),
+        (RestorationSettings(3, start=4), [6, 9, 12]),
+        (RestorationSettings(3, stop=9), [3, 6, 9]),
+        (RestorationSettings(100), []),
     ],
 )
 def test_schedule_is_due_at_multiples_of_the_period(schedule, expected):
@@ -84,7 +85,7 @@ def test_schedule_is_due_at_multiples_of_the_period(schedule, expected):
 )
 def test_schedule_rejects(arguments, message):
     with pytest.raises(ValueError, match=message):
-        Schedule(**arguments)
+        RestorationSettings(**arguments)
 
 
 @pytest.mark.parametrize("targets", ["attention", "mlp", "all_2d"])

@@ -72,27 +72,16 @@ def apply_msign(
 class MSign(RestorationShell, Algorithm):
     """Restores the stable rank of weight matrices every `period` optimizer steps (MSign, arXiv 2602.01734).
 
-    After optimizer steps P, 2P, 3P, … each target W becomes ‖W‖_F · UVᵀ / ‖UVᵀ‖_F (Eq. 14), where W = USVᵀ is its
-    reduced SVD. At `Event.FIT_START` it hooks into the optimizers, and from then on acts inside `optimizer.step()`:
-    hence before learning rate schedulers, `EMA`, checkpoints and evaluation, whatever the order of the algorithms. Only
-    completed optimizer steps count: not micro-batches, nor steps that the gradient scaler skips; with `SAM`, one per
-    batch.
-
-    Each application is logged under `msign/...`, at the same step as the loss of its batch.
+    See `msign_lightning.settings.RestorationSettings` for what happens when, and for the arguments. At
+    `Event.FIT_START` it hooks into the optimizers, also into the one that `SAM` wraps. Each application is logged under
+    `msign/...`, at the same step as the loss of its batch.
 
     Resuming from a checkpoint continues the count exactly. A checkpoint that was saved without MSign continues at the
-    trainer's own count of batches.
-
-    Warns with `NoEffectWarning` when fitting starts if the model has no such matrix.
-
-    An application disturbs the loss for some steps: let none fall on the last steps before the final evaluation,
-    e.g. with `stop=max_steps - period`.
+    trainer's own count of batches. Warns with `NoEffectWarning` when fitting starts if the model has no such matrix.
 
     Example::
 
         trainer = Trainer(..., algorithms=[MSign(period=100)])
-
-    The arguments are those of `msign_lightning.settings.RestorationSettings`.
 
     Raises:
         ValueError: An argument is out of its range; or when fitting starts, a glob matches nothing.

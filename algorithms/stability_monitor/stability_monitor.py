@@ -18,22 +18,12 @@ log = logging.getLogger(__name__)
 class StabilityMonitor(MonitorShell, Callback):
     """Sees a collapse coming: stable rank, Spectral Alignment, Jacobian alignment, loss and gradient norm.
 
-    What is measured, and which alarms there are, is described at `msign_lightning.monitor.Monitor` and
-    `msign_lightning.collapse.CollapseDetector`. Readings are logged at the number of optimizer steps: every ten steps
-    mean loss and last gradient norm (before clipping) as `stability/...`, measurements as `stable_rank/...`,
-    `sign_diversity/...` and `jacobian_.../...`. In TensorBoard, the page "Custom Scalars" shows them in order, with
-    alarms and applications marked.
-
-    With several optimizers the steps and gradients of the first count. Resuming from a checkpoint is exact; all
-    arguments but `targets`, `exclude`, `blocks` and the quantities of `measure` may be changed before.
-
-    Warns with `NoEffectWarning` when fitting starts if the model has no matrix to look at, and does nothing then.
+    See `msign_lightning.settings.MonitorSettings` for what is logged, and for the arguments. Warns with
+    `NoEffectWarning` when fitting starts if the model has no matrix to look at, and does nothing then.
 
     Example::
 
         trainer = Trainer(..., callbacks=[StabilityMonitor(on_alarm="restore")])
-
-    The arguments are those of `msign_lightning.settings.MonitorSettings`.
 
     Raises:
         ValueError: An argument is out of its range; or when fitting starts, a glob matches nothing.
