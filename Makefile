@@ -17,7 +17,7 @@ help:
 	@echo "make check        ruff and mypy"
 	@echo "make bench        the cost of one application and of monitoring, and what a second worker brings"
 	@echo "make gpu          GPU tests and benchmarks with the current '$(PYTHON)', nothing installed"
-	@echo "make wheel        build the wheel into dist/"
+	@echo "make wheel        build sdist and wheel into dist/"
 
 $(VENV)/.installed: pyproject.toml
 	$(PYTHON) -m venv $(VENV)
@@ -55,7 +55,7 @@ gpu:
 	$(PYTHON) -m benchmarks.monitoring
 
 wheel: $(VENV)/.installed
-	$(BIN)/python -m build --wheel
+	$(BIN)/python -m build
 
 clean:
-	rm -rf $(VENV) $(VENV_NEWEST) build dist *.egg-info
+	rm -rf $(VENV) $(VENV_NEWEST) $(VENV_DOCS) dist site

@@ -4,6 +4,10 @@
 compare.
 """
 
+from msign_lightning._extras import need
+
+need("ablations", "jinja2", "matplotlib", "optuna", "sqlalchemy", "tqdm", "yaml")
+
 from msign_lightning.ablations.cell import Cell, Criterion, Group, Outcome
 from msign_lightning.ablations.methods import ARMS
 from msign_lightning.ablations.study import Bisect, Grid, Study, StudyError, Tpe, Variant, load

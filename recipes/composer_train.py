@@ -7,6 +7,10 @@ processes: `composer -n 2 -m msign_lightning.recipes.composer_train --config tin
 
 from __future__ import annotations
 
+from msign_lightning._extras import need
+
+need("composer", "composer")
+
 from typing import Any
 
 import lightning.pytorch as pl

@@ -7,6 +7,10 @@ results.jsonl.
 
 from __future__ import annotations
 
+from msign_lightning._extras import need
+
+need("ablations", "matplotlib", "tqdm")
+
 import json
 import logging
 import math

@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+from msign_lightning._extras import need
+
+need("recipes", "jsonargparse")
+
 import os
 import sys
 from collections.abc import Sequence
