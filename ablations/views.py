@@ -5,11 +5,9 @@ from __future__ import annotations
 import base64
 import fcntl
 import io
-import platform
 import shutil
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from datetime import datetime, timezone
 from importlib.metadata import version
 from pathlib import Path
 from typing import NamedTuple
@@ -19,7 +17,6 @@ import matplotlib
 import yaml
 from matplotlib.figure import Figure
 
-from msign_lightning._version import __version__
 from msign_lightning.ablations import board, figures
 from msign_lightning.ablations.frontier import Boundary, Run, frontier, survival
 from msign_lightning.ablations.sentences import summarize
@@ -37,6 +34,7 @@ from msign_lightning.ablations.tables import (
     results_table,
     runs_csv,
 )
+from msign_lightning.recipes.provenance import provenance
 
 BASELINE = "adamw"
 
@@ -177,7 +175,11 @@ def _image(drawing: Drawing, form: str) -> bytes:
 
 
 def _markdown(study: Study, sentences: Sequence[str], drawings: Sequence[Drawing], tables: Sequence[Table]) -> str:
-    lines = [f"# Study {study.name}", "\n".join(f"- {sentence}" for sentence in sentences)]
+    lines = [
+        f"# Study {study.name}",
+        f"Report written with {provenance()}.",
+        "\n".join(f"- {sentence}" for sentence in sentences),
+    ]
     lines += [f"![{drawing.caption}]({drawing.name}.png)" for drawing in drawings]
     for table in tables:
         lines += [f"## {table.title}", table.markdown()]
@@ -188,14 +190,11 @@ def render(
     study: Study, runs: Sequence[Run], sentences: Sequence[str], drawings: Sequence[Drawing], tables: Sequence[Table]
 ) -> str:
     """The web page, which needs no other file, network or script."""
-    numbers = {"msign-lightning": __version__, "Python": platform.python_version()}
-    numbers |= {name: version(name) for name in ("torch", "lightning", "optuna")}
     seeds = sorted({run.cell.seed for run in runs})
     facts = [
-        datetime.now(timezone.utc).strftime("%Y-%m-%d %H:%M UTC"),
         f"{len(runs)} run{'s' * (len(runs) > 1)} of {study.steps} steps",
         f"{len(seeds)} seed{'s' * (len(seeds) > 1)}: {', '.join(map(str, seeds))}",
-        ", ".join(f"{name} {number}" for name, number in numbers.items()),
+        f"Report written with {provenance()}, lightning {version('lightning')}, optuna {version('optuna')}",
     ]
     images = [
         (drawing.caption, 4 * drawing.figure.get_figwidth(), base64.b64encode(_image(drawing, "svg")).decode("ascii"))

@@ -17,7 +17,6 @@ import platform
 import statistics
 import time
 from collections.abc import Callable
-from datetime import date
 from pathlib import Path
 from typing import NamedTuple
 
@@ -25,9 +24,10 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from msign_lightning import Restoration, __version__, restore
+from msign_lightning import Restoration, restore
 from msign_lightning.linalg import Method
 from msign_lightning.recipes.module import LanguageModel
+from msign_lightning.recipes.provenance import provenance
 from msign_lightning.recipes.transformer import TransformerConfig
 
 STACKS = {"NanoGPT-5M": (96, 48), "Sigma-40M": (112, 128), "single 512": (1, 512), "single 2048": (1, 2048)}
@@ -192,13 +192,13 @@ def main(rounds: int, threads: int, folder: Path) -> None:
             raise ValueError(f"{name} must be a positive integer, got {value}")
     torch.set_num_threads(threads)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    hardware = torch.cuda.get_device_name() if device.type == "cuda" else f"{platform.machine()} CPU"
+    gpu = torch.cuda.get_device_name() if device.type == "cuda" else None
+    hardware = gpu or f"{platform.machine()} CPU"
     report = "\n".join(
         [
             f"# Cost of one application on {hardware}",
             "",
-            f"`python -m benchmarks.application --rounds {rounds} --threads {threads}`, {date.today()}, "
-            f"msign-lightning {__version__}, torch {torch.__version__}, Python {platform.python_version()}.",
+            f"`python -m benchmarks.application --rounds {rounds} --threads {threads}`: {provenance(gpu)}.",
             "Medians over rounds; the methods' columns are ratios to the plain way, an fp32 SVD per matrix.",
             "",
             compare_methods(device, rounds),

@@ -23,12 +23,10 @@ import json
 import logging
 import math
 import os
-import platform
 import statistics
 import warnings
 from collections.abc import Callable, Iterable, Mapping
 from concurrent.futures import ProcessPoolExecutor
-from datetime import date
 from multiprocessing import get_context
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -39,9 +37,10 @@ import torch
 from lightning.pytorch.loggers.logger import Logger
 from tqdm import tqdm
 
-from msign_lightning import StabilityMonitor, __version__
+from msign_lightning import StabilityMonitor
 from msign_lightning.collapse import CollapseDetector
 from msign_lightning.recipes.module import LanguageModel
+from msign_lightning.recipes.provenance import provenance
 from msign_lightning.recipes.train import load_recipe
 
 matplotlib.use("Agg")
@@ -372,8 +371,7 @@ def main(seeds: int, workers: int, folder: Path, results: Path) -> None:
         [
             "# How early each signal warns, and how often wrongly",
             "",
-            f"`python -m benchmarks.early_warning --seeds {seeds}`, {date.today()}, msign-lightning {__version__}, "
-            f"torch {torch.__version__}, Python {platform.python_version()}.",
+            f"`python -m benchmarks.early_warning --seeds {seeds}`: {provenance()}.",
             f"Recipe tiny/prose, AdamW, seeds 0 to {seeds - 1}; lost, lead and false alarms as defined at the top of "
             "benchmarks/early_warning.py.",
             "",

@@ -12,16 +12,15 @@ import argparse
 import platform
 import statistics
 from collections.abc import Callable
-from datetime import date
 from pathlib import Path
 
 import torch
 from tqdm import tqdm
 
 from benchmarks.application import keep, median_ratio, take_turns
-from msign_lightning import __version__
 from msign_lightning.monitor import READ_INTERVAL, Monitor, grad_norm
 from msign_lightning.recipes.module import LanguageModel
+from msign_lightning.recipes.provenance import provenance
 from msign_lightning.recipes.transformer import TransformerConfig
 from msign_lightning.settings import DEFAULT_MEASURE, Quantity
 
@@ -104,13 +103,13 @@ def main(rounds: int, threads: int, folder: Path) -> None:
             raise ValueError(f"{name} must be a positive integer, got {value}")
     torch.set_num_threads(threads)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    hardware = torch.cuda.get_device_name() if device.type == "cuda" else f"{platform.machine()} CPU"
+    gpu = torch.cuda.get_device_name() if device.type == "cuda" else None
+    hardware = gpu or f"{platform.machine()} CPU"
     report = "\n".join(
         [
             f"# Cost of monitoring on {hardware}",
             "",
-            f"`python -m benchmarks.monitoring --rounds {rounds} --threads {threads}`, {date.today()}, "
-            f"msign-lightning {__version__}, torch {torch.__version__}, Python {platform.python_version()}.",
+            f"`python -m benchmarks.monitoring --rounds {rounds} --threads {threads}`: {provenance(gpu)}.",
             "",
             f"| model | step, ms | every step | {', steps | '.join(MEASURES)}, steps "
             "| measurements at the default cadence | all at the default cadence |",

@@ -13,20 +13,18 @@ import platform
 import statistics
 import tempfile
 import time
-from datetime import date
 from pathlib import Path
 from typing import NamedTuple
 
 import optuna
-import torch
 from optuna.trial import TrialState
 
 from benchmarks.application import keep
-from msign_lightning import __version__
 from msign_lightning.ablations.ledger import load
 from msign_lightning.ablations.runner import run
 from msign_lightning.ablations.storage import reading
 from msign_lightning.ablations.study import Study
+from msign_lightning.recipes.provenance import provenance
 
 
 class Timing(NamedTuple):
@@ -82,8 +80,7 @@ def main(cells: int, steps: int, rounds: int, folder: Path) -> None:
         [
             f"# Throughput of two workers against one on {cores} cores, {hardware}",
             "",
-            f"`python -m benchmarks.workers --cells {cells} --steps {steps} --rounds {rounds}`, {date.today()}, "
-            f"msign-lightning {__version__}, torch {torch.__version__}, Python {platform.python_version()}.",
+            f"`python -m benchmarks.workers --cells {cells} --steps {steps} --rounds {rounds}`: {provenance()}.",
             f"{cells} cells of {steps} steps of tiny/prose with MSign; one and two workers take turns.",
             "",
             "| round | one worker, cells/min | two workers, cells/min | ratio | start-up of one, s | of two, s |",

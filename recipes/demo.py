@@ -38,6 +38,7 @@ from tqdm import tqdm
 from msign_lightning import MSignCallback, select_targets, stable_rank
 from msign_lightning.recipes.data import TextDataModule
 from msign_lightning.recipes.module import LanguageModel
+from msign_lightning.recipes.provenance import provenance
 
 matplotlib.use("Agg")
 from matplotlib import pyplot as plt
@@ -289,7 +290,7 @@ def main(
     runs = [Run(arm, lr, seed) for seed in range(seeds) for lr in (HIGH_LR, GOOD_LR) for arm in ARMS]
     results = train_all(runs, steps, workers, folder)
     draw(results, folder / "demo.png")
-    text = f"{tabulate(results)}\n\n{summarize(results)}\n"
+    text = f"{tabulate(results)}\n\n{summarize(results)}\n\n{provenance()}.\n"
     (folder / "demo.md").write_text(text)
     print(f"\n{text}\nFigure: {folder}/demo.png   Curves: tensorboard --logdir {folder}")
 

@@ -336,7 +336,7 @@ def test_page_needs_nothing_else_and_escapes(tmp_path):
     (absent,) = missing(study, runs)
     assert absent.endswith("lr=0.1 seed=1")
     assert f"<li>{html.escape(absent, quote=False).replace(chr(39), '&#39;')}</li>" in text
-    for fact in ("2 seeds: 0, 1", "7 runs of 300 steps", "torch 2", "optuna"):
+    for fact in ("2 seeds: 0, 1", "7 runs of 300 steps", "commit ", "torch 2", "optuna 5"):
         assert fact in text
 
 
