@@ -2,19 +2,21 @@
 PYTHON ?= python3
 VENV ?= .venv
 VENV_NEWEST ?= .venv-newest
+VENV_DOCS ?= .venv-docs
 TORCH_NEWEST ?= 2.13.0
 BIN := $(VENV)/bin
 # A process per core, up to four, with one thread each.
 PYTEST_ENV := OMP_NUM_THREADS=1
 PYTEST_OPTIONS := --numprocesses auto --maxprocesses 4 --dist loadfile
 
-.PHONY: help demo test test-newest check bench gpu wheel clean
+.PHONY: help demo test test-newest check docs bench gpu wheel clean
 
 help:
 	@echo "make demo         train the arms of the demo on real text; figure, table, TensorBoard logs in runs/demo"
 	@echo "make test         all tests"
 	@echo "make test-newest  the tests that need no Composer, with torch $(TORCH_NEWEST)"
 	@echo "make check        ruff and mypy"
+	@echo "make docs         the site, strictly, into site/; it needs none of the other environments"
 	@echo "make bench        the cost of one application and of monitoring, and what a second worker brings"
 	@echo "make gpu          GPU tests and benchmarks with the current '$(PYTHON)', nothing installed"
 	@echo "make wheel        build sdist and wheel into dist/"
@@ -30,6 +32,11 @@ $(VENV_NEWEST)/.installed: pyproject.toml
 	$(VENV_NEWEST)/bin/pip install --quiet --editable ".[dev]"
 	touch $@
 
+$(VENV_DOCS)/.installed: docs/requirements.txt
+	$(PYTHON) -m venv $(VENV_DOCS)
+	$(VENV_DOCS)/bin/pip install --quiet --requirement $<
+	touch $@
+
 demo: $(VENV)/.installed
 	$(BIN)/python -m msign_lightning.recipes.demo
 
@@ -43,6 +50,9 @@ check: $(VENV)/.installed
 	$(BIN)/ruff check
 	$(BIN)/ruff format --check
 	$(BIN)/mypy
+
+docs: $(VENV_DOCS)/.installed
+	NO_MKDOCS_2_WARNING=1 $(VENV_DOCS)/bin/mkdocs build --strict
 
 bench: $(VENV)/.installed
 	$(BIN)/python -m benchmarks.application
