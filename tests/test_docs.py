@@ -19,8 +19,6 @@ ROOT = Path(__file__).parent.parent
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md")), *sorted((ROOT / "algorithms").glob("*/README.md"))]
 OPTIONAL = ("composer", "transformers")
 """What a page may import that is not installed everywhere."""
-COMING = {"msign_lightning.transformers"}
-"""Modules that the pages name and that do not exist yet; to be emptied when they do."""
 
 
 def blocks(page: Path, language: str) -> list[str]:
@@ -28,15 +26,11 @@ def blocks(page: Path, language: str) -> list[str]:
     return re.findall(rf"^```{language}\n(.*?)^```$", page.read_text(), re.MULTILINE | re.DOTALL)
 
 
-def test_modules_that_are_coming_are_not_there():
-    assert not [module for module in COMING if find_spec(module)]
-
-
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(ROOT)))
 def test_all_that_a_page_imports_is_there(page):
     for code in blocks(page, "python"):
         for node in ast.walk(ast.parse(code)):
-            if not isinstance(node, ast.ImportFrom) or node.module in COMING:
+            if not isinstance(node, ast.ImportFrom):
                 continue
             needs_composer = node.module.startswith("msign_lightning.algorithms")
             if find_spec(node.module.split(".")[0]) is None or (needs_composer and find_spec("composer") is None):

@@ -14,6 +14,8 @@ import pytest
 import torch
 from packaging.requirements import Requirement
 
+import msign_lightning
+
 ROOT = Path(__file__).parent.parent
 FOLDERS = ("algorithms", "ablations", "recipes")
 """Installed inside of `msign_lightning`, where a checkout has links to them."""
@@ -121,6 +123,10 @@ def either(request, tmp_path_factory) -> Environment:
 def contents(wheel: Path) -> dict[str, bytes]:
     with zipfile.ZipFile(wheel) as file:
         return {name: file.read(name) for name in file.namelist()}
+
+
+def test_the_citation_names_the_version():
+    assert f"\nversion: {msign_lightning.__version__}\n" in (ROOT / "CITATION.cff").read_text()
 
 
 def test_the_links_are_where_the_folders_are():
