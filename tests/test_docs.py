@@ -57,7 +57,6 @@ def test_a_page_runs_from_top_to_bottom(name, program, capsys):
     restoration = program.get("restoration")
     if isinstance(restoration, Restoration):
         assert restoration.steps == [5]
-        assert restoration.schedule.period == 2
     else:
         assert name == "monitor"
         assert program["monitor"].steps == 5
