@@ -14,11 +14,8 @@ import torch
 os.environ["OMP_NUM_THREADS"] = "1"  # for the processes that tests start
 torch.set_num_threads(1)
 
-collect_ignore = (
-    []
-    if importlib.util.find_spec("composer")
-    else ["test_algorithms.py", "test_spike_no_more_composer.py", "test_stability_monitor_composer.py"]
-)
+OF_COMPOSER = ("algorithms", "composer_suite", "spike_no_more_composer", "stability_monitor_composer")
+collect_ignore = [] if importlib.util.find_spec("composer") else [f"test_{name}.py" for name in OF_COMPOSER]
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
