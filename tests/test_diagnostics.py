@@ -6,11 +6,11 @@ from functools import partial
 from pathlib import Path
 
 import pytest
+import support
 import torch
-import torch.multiprocessing as mp
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
-from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM
+from transformers import GPT2Config, GPT2LMHeadModel
 
 from msign_lightning import Cut, Restoration, select_targets, stable_rank
 from msign_lightning.diagnostics import SpectralAlignment, Spectrum, SpectrumMonitor
@@ -23,18 +23,8 @@ def gpt2() -> GPT2LMHeadModel:
     return with_gaps_(GPT2LMHeadModel(config))
 
 
-def llama(dtype: torch.dtype = torch.float32) -> LlamaForCausalLM:
-    torch.manual_seed(0)
-    config = LlamaConfig(
-        vocab_size=64,
-        hidden_size=32,
-        intermediate_size=48,
-        num_hidden_layers=2,
-        num_attention_heads=4,
-        num_key_value_heads=2,
-        max_position_embeddings=16,
-    )
-    return with_gaps_(LlamaForCausalLM(config)).to(dtype)
+def llama(dtype: torch.dtype = torch.float32) -> nn.Module:
+    return with_gaps_(support.llama(vocab_size=64, positions=16)).to(dtype)
 
 
 @torch.no_grad()
@@ -502,12 +492,9 @@ def test_alignment_needs_a_spectrum_of_its_targets():
         alignment.arm(SpectrumMonitor(model, "attention").measure())
 
 
-def _align_on_a_rank(rank: int, folder: str) -> None:
-    import torch.distributed as dist
+def _align_on_a_rank(rank: int) -> tuple:
     from torch.distributed.fsdp import fully_shard
 
-    torch.set_num_threads(1)
-    dist.init_process_group("gloo", init_method=f"file://{folder}/store", rank=rank, world_size=2)
     model = llama()
     parallel = nn.parallel.DistributedDataParallel(model)
     alignment, monitor = SpectralAlignment(parallel), SpectrumMonitor(parallel)
@@ -528,13 +515,11 @@ def _align_on_a_rank(rank: int, folder: str) -> None:
     rounded = replace(spectrum, stable_ranks=spectrum.stable_ranks + rank, second_norms=spectrum.second_norms * rank)
     agreed = rounded.all_reduce()
     assert all(a is b for a, b in zip(agreed.vectors, spectrum.vectors, strict=True))
-    torch.save((*found, rounded.matrices, agreed.matrices), f"{folder}/{rank}.pt")
-    dist.destroy_process_group()
+    return (*found, rounded.matrices, agreed.matrices)
 
 
 def test_ranks_count_their_own_tokens_and_join_them_on_request(tmp_path: Path):
-    mp.spawn(_align_on_a_rank, args=(str(tmp_path),), nprocs=2)
-    found = [torch.load(tmp_path / f"{rank}.pt", weights_only=False) for rank in range(2)]
+    found = support.on_two_ranks(_align_on_a_rank, tmp_path)
     model = llama()
     alignment, spectrum = SpectralAlignment(model), SpectrumMonitor(model).measure()
     with alignment.armed(spectrum):
