@@ -1,7 +1,8 @@
 """What Composer's own suites ask of its algorithms and callbacks, asked of ours: one table drives them all.
 
-Written after `tests/algorithms` and `tests/callbacks` of MosaicML Composer 0.32 (Apache-2.0): train, fit again, resume,
-two processes, every event on a bare state, closing twice, with models of the same kinds.
+After the example of `tests/algorithms` and `tests/callbacks` of MosaicML Composer 0.32 (Apache-2.0), without code of
+theirs: train, fit again, resume, two processes, every event on a bare state, closing twice, with models of the same
+kinds.
 """
 
 from __future__ import annotations
@@ -332,7 +333,7 @@ def differences(a: Any, b: Any, path: str = "") -> list[str]:
 
 
 def assert_resumed(folder: Path) -> None:
-    """The last checkpoints are the same, and not those of an earlier batch."""
+    """The last checkpoints are the same."""
     whole, resumed = (saved(folder / name / "6-0.pt") for name in ("whole", "resumed"))
     assert "model" in whole["state"]
     assert not differences(whole, resumed)
