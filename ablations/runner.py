@@ -24,7 +24,8 @@ from msign_lightning.ablations.frontier import Run
 from msign_lightning.ablations.ledger import Claim, Ledger, exists, load
 from msign_lightning.ablations.pool import Crashed, Finished, Pool, Report
 from msign_lightning.ablations.storage import StorageError, opened, reading
-from msign_lightning.ablations.study import Study, StudyError, recipe_file
+from msign_lightning.ablations.study import Study, StudyError
+from msign_lightning.recipes import recipe_file
 
 FOLDER = Path("runs/ablations")
 RETRIES = 2  # of a cell whose training raised an exception or whose worker died

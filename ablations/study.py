@@ -10,10 +10,10 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, NamedTuple, get_type_hints
 
-from msign_lightning import recipes
 from msign_lightning.ablations.cell import Cell, Criterion, Group, Outcome, plain, show
 from msign_lightning.ablations.methods import ARMS, Arm, Value
 from msign_lightning.ablations.reader import Node, Source, StudyError, Where, near, read
+from msign_lightning.recipes import recipe_file, recipe_names
 
 __all__ = [
     "Bisect",
@@ -141,7 +141,8 @@ class Study:
         if self.steps < MIN_STEPS:
             raise self.error(f"steps must be at least {MIN_STEPS}, got {self.steps}", "steps")
         if not recipe_file(self.recipe).is_file():
-            raise self.error(f"recipe must be the name of a recipe or a file, got {self.recipe!r}", "recipe")
+            hint = near(self.recipe, recipe_names())
+            raise self.error(f"recipe must be the name of a recipe or a file, got {self.recipe!r}{hint}", "recipe")
         self._check_arms()
         self._check_unique("seeds", "seed", self.seeds, "seeds")
         for i, seed in enumerate(self.seeds):
@@ -314,12 +315,6 @@ def setting_of(factor: str) -> str:
 def last_application(steps: int, period: int, until: float) -> int:
     """Last step of a run at which a method restores: within its share `until`, and not in the last period."""
     return min(int(until * steps), steps - period)
-
-
-def recipe_file(recipe: str) -> Path:
-    """The file of a recipe, by its name or path."""
-    shipped = Path(recipes.__file__).parent / f"{recipe}.yaml"
-    return shipped if shipped.is_file() else Path(recipe)
 
 
 def changes(old: Mapping[str, Any], new: Mapping[str, Any]) -> list[str]:

@@ -16,7 +16,7 @@ from mkdocs.structure.pages import Page
 
 ROOT = Path(__file__).parent.parent
 PACKAGES = {
-    "msign_lightning": "The library: what happens to weights, and what is measured. Framework-free but `callbacks` and `transformers`.",
+    "msign_lightning": "What happens to weights, and what is measured. Framework-free but for the callbacks.",
     "msign_lightning.algorithms": "The same for Composer. Extra `composer`.",
     "msign_lightning.recipes": "Models, data and settings that people train. Extra `recipes`.",
     "msign_lightning.ablations": "Ablation studies. Extra `ablations`.",

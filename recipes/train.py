@@ -7,24 +7,43 @@ from msign_lightning._extras import need
 need("recipes", "jsonargparse")
 
 import os
-import sys
+from argparse import ArgumentError
 from collections.abc import Sequence
+from difflib import get_close_matches
 from pathlib import Path
 from typing import Any
 
+import lightning
 import lightning.pytorch as pl
+from jsonargparse import ActionConfigFile, Namespace  # type: ignore[attr-defined]
 from lightning.pytorch.cli import ArgsType, LightningArgumentParser, LightningCLI
 
 from msign_lightning import MSignCallback
+from msign_lightning.recipes import recipe_file, recipe_names
 from msign_lightning.recipes.data import TextDataModule
 from msign_lightning.recipes.module import LanguageModel
+from msign_lightning.settings import RestorationSettings
+
+
+class RecipeAction(ActionConfigFile):
+    """What `--config` does: it takes the name of a recipe as well as a file or text in YAML."""
+
+    def __call__(self, parser: Any, cfg: Any, values: Any, option_string: str | None = None) -> None:
+        if not set(values) & set(":{}\n"):  # else the address of a file, or YAML itself
+            file = recipe_file(values)
+            if not file.exists():
+                near = get_close_matches(values, recipe_names()) or recipe_names()
+                raise ArgumentError(self, f"must be a recipe or a file, got {values!r}; near names: {', '.join(near)}")
+            values = str(file)
+        super().__call__(parser, cfg, values, option_string)  # type: ignore[no-untyped-call]
 
 
 class RecipeCLI(LightningCLI):
     """`LightningCLI` for a `LanguageModel`, a `TextDataModule` and, unless `--use_msign=false`, an `MSignCallback`.
 
-    `--config` also takes the name of a recipe of this package, such as `tiny/prose`. `--seed_everything` seeds the
-    weights and the training windows alike.
+    `--config`, or `-c`, also takes the name of a recipe of this package, such as `tiny/prose`. `--seed_everything`
+    seeds the weights and the training windows alike. Unless `--msign.stop` says otherwise, MSign is not applied in the
+    last period before `--trainer.max_steps`, so that the final validation sees settled weights.
     """
 
     def __init__(self, **kwargs: Any) -> None:
@@ -42,15 +61,26 @@ class RecipeCLI(LightningCLI):
         parser.link_arguments("seed_everything", "data.seed")
         parser.link_arguments("model.config.vocab_size", "data.vocab_size")
 
+    def init_parser(self, **kwargs: Any) -> LightningArgumentParser:
+        kwargs.setdefault("dump_header", [f"lightning.pytorch=={lightning.__version__}"])
+        parser = LightningArgumentParser(**kwargs)
+        text = "Name of a recipe of this package, such as tiny/prose, or path of a file in YAML."
+        parser.add_argument("-c", "--config", action=RecipeAction, help=text)
+        return parser
+
     def parse_arguments(self, parser: LightningArgumentParser, args: ArgsType) -> None:
-        arguments: list[str] = sys.argv[1:] if args is None else list(args)
-        follows_config = [False, *(argument == "--config" for argument in arguments)]
-        self.config = parser.parse_args(
-            [
-                _with_recipe_path(argument) if named or argument.startswith("--config=") else argument
-                for argument, named in zip(arguments, follows_config, strict=False)
-            ]
-        )
+        # Not the base class's, which warns where a program that has arguments of its own calls `load_recipe`.
+        if isinstance(args, (dict, Namespace)):
+            self.config = parser.parse_object(args)
+        else:
+            self.config = parser.parse_args(args)
+
+    def before_instantiate_classes(self) -> None:
+        config = self.config[self.subcommand] if self.subcommand else self.config
+        msign, max_steps = config["msign"], config["trainer"]["max_steps"]
+        if msign["stop"] is None and max_steps > 0:
+            first = RestorationSettings(msign["period"], start=msign["start"]).first
+            msign["stop"] = max(first, max_steps - msign["period"])
 
     def instantiate_trainer(self, **kwargs: Any) -> pl.Trainer:
         trainer = super().instantiate_trainer(**kwargs)
@@ -67,13 +97,6 @@ def _check_writable(folder: str) -> None:
     existing = next(p for p in (path, *path.parents) if p.exists())
     if "://" not in folder and not (existing.is_dir() and os.access(existing, os.W_OK)):
         raise ValueError(f"trainer.default_root_dir must be a folder that can be written to, got {folder!r}")
-
-
-def _with_recipe_path(argument: str) -> str:
-    """The argument itself, or the file of the recipe that it, or the part after "=", names."""
-    option, equals, value = argument.rpartition("=")
-    recipe = Path(__file__).parent / f"{value}.yaml"
-    return f"{option}{equals}{recipe}" if recipe.is_file() else argument
 
 
 def load_recipe(name: str, *arguments: str, callbacks: Sequence[pl.Callback] = ()) -> RecipeCLI:

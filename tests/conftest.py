@@ -15,11 +15,8 @@ os.environ["OMP_NUM_THREADS"] = "1"  # for the processes that tests start
 os.environ["JSONARGPARSE_DEPRECATION_WARNINGS"] = "off"  # of what Lightning calls of it
 torch.set_num_threads(1)
 
-collect_ignore = (
-    []
-    if importlib.util.find_spec("composer")
-    else ["test_algorithms.py", "test_spike_no_more_composer.py", "test_stability_monitor_composer.py"]
-)
+OF_COMPOSER = ("algorithms", "composer_suite", "spike_no_more_composer", "stability_monitor_composer")
+collect_ignore = [] if importlib.util.find_spec("composer") else [f"test_{name}.py" for name in OF_COMPOSER]
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:

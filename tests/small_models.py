@@ -1,8 +1,9 @@
 """Small real models whose spectra have a gap at the top, and batches for them."""
 
+import support
 import torch
 from torch import Tensor, nn
-from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM
+from transformers import GPT2Config, GPT2LMHeadModel
 
 from msign_lightning import select_targets
 
@@ -14,18 +15,8 @@ def gpt2() -> GPT2LMHeadModel:
     return with_gaps_(GPT2LMHeadModel(config))
 
 
-def llama(dtype: torch.dtype = torch.float32) -> LlamaForCausalLM:
-    torch.manual_seed(0)
-    config = LlamaConfig(
-        vocab_size=64,
-        hidden_size=32,
-        intermediate_size=48,
-        num_hidden_layers=2,
-        num_attention_heads=4,
-        num_key_value_heads=2,
-        max_position_embeddings=16,
-    )
-    return with_gaps_(LlamaForCausalLM(config)).to(dtype)
+def llama(dtype: torch.dtype = torch.float32) -> nn.Module:
+    return with_gaps_(support.llama(vocab_size=64, positions=16)).to(dtype)
 
 
 @torch.no_grad()

@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
-import pydoc_data.topics
+import math
 
-import numpy as np
+import pytest
+import support
 import torch
 import torch.nn.functional as F
+from support import assert_same as assert_same
+from support import weights as weights
 from torch import Tensor, nn
 from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM
 
 from msign_lightning import select_targets, stable_rank
-from msign_lightning.recipes.data import RandomWindows, Windows
+from msign_lightning.recipes.data import RandomWindows
 from msign_lightning.recipes.transformer import Transformer, TransformerConfig
 
 VOCAB = 64
@@ -92,20 +95,19 @@ def total_norm(model: nn.Module) -> float:
     return torch.cat(gradients).norm().item()
 
 
-def weights(model: nn.Module) -> dict[str, Tensor]:
-    return {name: p.detach().clone() for name, p in model.named_parameters()}
-
-
-def assert_same(a: dict[str, Tensor], b: dict[str, Tensor]) -> None:
-    assert a.keys() == b.keys()
-    different = [name for name in a if not torch.equal(a[name], b[name])]
-    assert not different
-
-
-TEXT = next(iter(pydoc_data.topics.topics.values())).encode("ascii", "replace")
-
-
 def windows(batches: int) -> RandomWindows:
-    """An epoch of batches of text, which a resumed run continues in its middle."""
-    tokens = np.frombuffer(TEXT, dtype=np.uint8) % VOCAB
-    return RandomWindows(Windows(tokens, sequence_length=11, vocab_size=VOCAB), batch_size=4, n_batches=batches)
+    return support.windows(batches, vocab_size=VOCAB, sequence_length=11)
+
+
+def assert_ranks_agree(ranks: list[tuple[dict[str, Tensor], str, dict[int, dict[str, float]], list[float]]]) -> None:
+    """Of two ranks, of which one has had a NaN for its loss at step 8: weights, state, readings, losses of each."""
+    (a, state, rows, losses), (b, state_1, rows_1, losses_1) = ranks
+    assert_same(a, b)
+    assert state == state_1
+    assert repr(rows) == repr(rows_1)
+    assert losses != losses_1
+    assert {step: row["msign/changed"] for step, row in rows.items() if "msign/changed" in row} == {4: 1, 8: 1}
+    assert rows[2]["stability/loss"] == pytest.approx(sum(losses[:2] + losses_1[:2]) / 4, rel=1e-6)
+    assert math.isnan(rows[8]["stability/loss"])
+    # On every rank NaN was an alarm, which has cleared at the next step.
+    assert [row["stability/alarms"] for step, row in rows.items() if step in (6, 8, 10)] == [1, 2, 0]

@@ -25,13 +25,6 @@ LAST = {"msign_first_quarter": 10, "msign_first_half": 20, "msign": 30, "cap_fir
 """Step of the last application by arm."""
 
 
-@pytest.fixture(autouse=True, scope="module")
-def _lightning_calls_what_jsonargparse_deprecates():
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("JSONARGPARSE_DEPRECATION_WARNINGS", "off")
-        yield
-
-
 def make(**changed):
     given = {"arms": list(ARMS), "factors": {"lr": [0.01], "period": [PERIOD]}, "seeds": [0], "steps": STEPS, **changed}
     return Study(name="s", recipe="tiny/prose", **given)

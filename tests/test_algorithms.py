@@ -1,35 +1,30 @@
-"""The algorithms under real Composer trainers: one table of settings for what every algorithm owes, then each alone."""
+"""The algorithms under real Composer trainers, each alone; what all owe is in test_composer_suite.py."""
 
 import json
 import os
-import pydoc_data.topics
 import warnings
 from collections.abc import Callable
-from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
 
 import catalogue
-import numpy as np
 import pytest
 import torch
 from composer import Trainer
 from composer.algorithms import EMA, SAM, GradientClipping
 from composer.algorithms.warnings import NoEffectWarning
-from composer.core import Algorithm, Callback, Event, Precision
+from composer.core import Algorithm, Callback, Precision
 from composer.loggers import InMemoryLogger, TensorboardLogger
 from composer.trainer._scaler import ClosureGradScaler
-from composer.utils import reproducibility
 from composer.utils.parallelism import FSDPConfig
+from support import assert_same, composer_trainer, on_two_ranks, weights, windows
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 from torch.utils.data import DataLoader
 
-from msign_lightning import Cut, MSignCallback, algorithms, restore
-from msign_lightning.algorithms import MSign, SpikeNoMore, apply_msign, apply_spike_no_more
+from msign_lightning import MSignCallback, algorithms, restore
+from msign_lightning.algorithms import MSign, SpikeNoMore, apply_msign
 from msign_lightning.recipes.composer_train import ComposerLanguageModel, build_trainer, main
-from msign_lightning.recipes.data import RandomWindows, Windows
 from msign_lightning.recipes.train import load_recipe
 from msign_lightning.recipes.transformer import Transformer, TransformerConfig
 
@@ -40,14 +35,12 @@ pytestmark = [
     pytest.mark.filterwarnings("ignore:.* is not in the state_dict. Its state will not be restored"),
 ]
 
-TEXT = next(iter(pydoc_data.topics.topics.values())).encode("ascii", "replace")
-WINDOWS = Windows(np.frombuffer(TEXT, dtype=np.uint8) % 96, sequence_length=16, vocab_size=96)
 CONFIG = TransformerConfig(vocab_size=96, n_layers=2, width=16, mlp_width=24, zero_query=False)
 STEPS = 10
 
 
 def batches() -> list[Tensor]:
-    loader = RandomWindows(WINDOWS, 4, STEPS)
+    loader = windows(STEPS)
     return [loader.batch(i) for i in range(STEPS)]
 
 
@@ -62,15 +55,13 @@ def make_model() -> ComposerLanguageModel:
 
 def make_trainer(*algorithms: Algorithm, model: nn.Module | None = None, steps: int = STEPS, **arguments) -> Trainer:
     model = make_model() if model is None else model
-    defaults: dict[str, Any] = {
+    defaults = {
         "train_dataloader": epoch_of(batches()),
         "max_duration": f"{steps}ba",
         "optimizers": torch.optim.AdamW(model.parameters(), lr=1e-2),
-        "device": "cpu",
-        "progress_bar": False,
-        "seed": 0,
+        "algorithms": list(algorithms),
     }
-    return Trainer(model=model, algorithms=list(algorithms), **(defaults | arguments))
+    return composer_trainer(model, **(defaults | arguments))
 
 
 def fit(*algorithms: Algorithm, **arguments) -> dict[str, Tensor]:
@@ -79,16 +70,6 @@ def fit(*algorithms: Algorithm, **arguments) -> dict[str, Tensor]:
     trainer.fit()
     trainer.close()
     return weights(trainer.state.model)
-
-
-def weights(model: nn.Module) -> dict[str, Tensor]:
-    return {name.removeprefix("module."): p.detach().clone() for name, p in model.named_parameters()}
-
-
-def assert_same(a: dict[str, Tensor], b: dict[str, Tensor]) -> None:
-    assert a.keys() == b.keys()
-    different = [name for name in a if not torch.equal(a[name], b[name])]
-    assert not different
 
 
 class Spy(Callback):
@@ -103,136 +84,7 @@ class Spy(Callback):
             self.restored.append(int(state.timestamp.batch))
 
 
-# --- what every algorithm owes -----------------------------------------------------------------------------------
-
-
-@dataclass(frozen=True)
-class Setting:
-    """An algorithm with arguments; a period of ten applies it after the last step, as `apply` does by hand."""
-
-    algorithm: Callable[..., Algorithm]
-    kwargs: dict[str, Any]
-    apply: Callable[[nn.Module], object]
-    applied_first: bool = False
-    metrics: dict[str, list[int]] = field(default_factory=dict)
-    hyperparameters: tuple[str, ...] = ()
-
-
-def _spike_no_more(shortcut: str) -> Setting:
-    def apply(model: nn.Module) -> None:
-        reproducibility.seed_all(0)
-        apply_spike_no_more(model, shortcut)
-
-    logged = ("spike_no_more/matrices",)
-    return Setting(SpikeNoMore, {"shortcut": shortcut}, apply, applied_first=True, hyperparameters=logged)
-
-
-def _msign(logged: list[int], **kwargs) -> Setting:
-    by_hand = {name: value for name, value in kwargs.items() if name not in ("period", "start")}
-    return Setting(MSign, kwargs, lambda model: apply_msign(model, **by_hand), metrics={"msign/changed": logged})
-
-
-SETTINGS = {
-    "MSign": _msign([3, 7], period=4),
-    "MSign, cap": _msign([4, 9], period=5, targets=["*.attention.*"], rule="cap"),
-    "MSign, cut": _msign([2, 5, 8], period=3, targets="mlp", cuts={"*.up_proj.*": Cut((12, 12))}, rtol=1e-3),
-    "MSign, at the end": _msign([9], period=10, exclude="*.blocks.0.*", method="svd"),
-    "SpikeNoMore": _spike_no_more("scaled_embed"),
-    "SpikeNoMore, norm": _spike_no_more("embed_ln"),
-}
-
-
-@pytest.fixture(params=SETTINGS.values(), ids=SETTINGS)
-def setting(request) -> Setting:
-    return request.param
-
-
-def build(setting: Setting, **kwargs) -> Algorithm:
-    return setting.algorithm(**(setting.kwargs | kwargs))
-
-
-def test_it_trains_and_changes_the_run(setting):
-    changed, plain = fit(build(setting)), fit()
-    assert all(p.isfinite().all() for p in changed.values())
-    assert any(not torch.equal(changed[name], plain[name]) for name in plain)
-
-
-def test_fit_twice_equals_fit_once(setting):
-    trainer = make_trainer(build(setting), steps=3)
-    trainer.fit()
-    trainer.fit(duration="7ba")
-    assert_same(weights(trainer.state.model), fit(build(setting)))
-
-
-def test_an_algorithm_starts_anew_with_another_trainer_and_with_time_reset(setting):
-    algorithm = build(setting)
-    fit(algorithm, steps=3)
-    trainer = make_trainer(algorithm)
-    trainer.fit()
-    assert_same(weights(trainer.state.model), fit(build(setting)))
-
-    other = make_trainer(build(setting))
-    other.fit()
-    for each in (trainer, other):
-        each.fit(reset_time=True, duration="10ba")
-    assert_same(weights(trainer.state.model), weights(other.state.model))
-
-
-@pytest.mark.parametrize("step", [5, 8])
-def test_load_path_in_mid_period_is_bit_equal(setting, tmp_path, step):
-    save = {"save_folder": str(tmp_path), "save_filename": "ba{batch}.pt", "save_interval": "1ba"}
-    uninterrupted = fit(build(setting), **save)
-    torch.manual_seed(1)
-    other = ComposerLanguageModel(Transformer(CONFIG))
-    assert_same(fit(build(setting), model=other, load_path=str(tmp_path / f"ba{step}.pt")), uninterrupted)
-
-
-def test_autoresume_in_mid_period_is_bit_equal(setting, tmp_path):
-    save = {"run_name": "run", "autoresume": True, "save_folder": str(tmp_path), "save_interval": "1ba"}
-    fit(build(setting), steps=5, **save)
-    resumed = make_trainer(build(setting), **save)
-    assert resumed.state.timestamp.batch == 5
-    resumed.fit()
-    assert_same(weights(resumed.state.model), fit(build(setting)))
-
-
-def test_repr_is_stable_and_complete(setting):
-    algorithm = build(setting)
-    assert repr(algorithm) == repr(build(setting))
-    assert algorithm.state_dict()["repr"] == repr(algorithm)
-    assert all(f"{name}={value!r}" in repr(algorithm) for name, value in setting.kwargs.items())
-    assert repr(eval(repr(algorithm), vars(algorithms) | {"Cut": Cut})) == repr(algorithm)
-
-
-def test_it_logs(setting):
-    logger = InMemoryLogger()
-    fit(build(setting), loggers=[logger])
-    for name, steps in setting.metrics.items():
-        assert [int(timestamp.batch) for timestamp, _ in logger.data[name]] == steps
-        assert all(value > 0 for _, value in logger.data[name])
-    assert set(setting.hyperparameters) <= set(logger.hyperparameters)
-
-
-def test_the_function_does_what_the_algorithm_does(setting):
-    model = make_model()
-    if setting.applied_first:
-        setting.apply(model)
-    fit(model=model)
-    if not setting.applied_first:
-        setting.apply(model)
-    period = {} if setting.applied_first else {"period": STEPS}
-    assert_same(weights(model), fit(build(setting, **period)))
-
-
-def test_match_only_looks(setting):
-    algorithm, trainer = build(setting), make_trainer()
-    before = dict(vars(algorithm))
-    matched = [event for event in Event if algorithm.match(event, trainer.state)]
-    assert Event.INIT in matched
-    assert matched == [event for event in Event if algorithm.match(event, trainer.state)]
-    assert vars(algorithm) == before
-    assert not algorithm.find_unused_parameters
-    assert not algorithm.backwards_create_graph
+# --- several at once -----------------------------------------------------------------------------------------------
 
 
 def test_all_algorithms_in_one_list(tmp_path):
@@ -463,11 +315,11 @@ def test_fsdp1_is_refused():
 # --- MSign: several processes -------------------------------------------------------------------------------------
 
 
-def _train_on_rank(rank: int, folder: Path, environment: dict[str, str]) -> None:
-    os.environ |= environment | {"RANK": str(rank), "LOCAL_RANK": str(rank)}
-    torch.set_num_threads(1)
+def _train_on_rank(rank: int) -> dict[str, dict[str, Tensor]]:
+    os.environ["FSDP_VERSION"] = "2"
     warnings.filterwarnings("ignore", "FSDP2 Config/APIs are experimental")
     sharded = {"parallelism_config": {"fsdp": {}}}
+    whole = {}
     for name, used, settings in (
         ("ddp", [MSign(period=4)], {}),
         ("fsdp2", [MSign(period=STEPS)], sharded),
@@ -487,42 +339,31 @@ def _train_on_rank(rank: int, folder: Path, environment: dict[str, str]) -> None
         trainer.fit()
         found = weights(trainer.state.model)
         assert all(isinstance(p, DTensor) == bool(settings) for p in found.values())
-        whole = {name: p.full_tensor() if isinstance(p, DTensor) else p for name, p in found.items()}
-        torch.save(whole, folder / f"{name}-{rank}.pt")
+        whole[name] = {key: p.full_tensor() if isinstance(p, DTensor) else p for key, p in found.items()}
+    return whole
 
 
 def test_ranks_stay_equal_and_match_one_process(tmp_path):
-    environment = {
-        **{"WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2", "NODE_RANK": "0", "FSDP_VERSION": "2"},
-        **{"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(29500 + os.getpid() % 1000)},
-    }
-    torch.multiprocessing.spawn(_train_on_rank, (tmp_path, environment), nprocs=2)
-    ranks = {file.stem: torch.load(file) for file in tmp_path.iterdir()}
+    ranks = on_two_ranks(_train_on_rank, tmp_path)
     for name in ("ddp", "fsdp2"):
-        assert_same(ranks[f"{name}-0"], ranks[f"{name}-1"])
+        assert_same(ranks[0][name], ranks[1][name])
 
     model = make_model()
     alone = fit(MSign(period=4), model=model, optimizers=torch.optim.SGD(model.parameters(), lr=0.1))
     for name, p in alone.items():
-        torch.testing.assert_close(ranks["ddp-0"][name], p, rtol=1e-4, atol=1e-5)
+        torch.testing.assert_close(ranks[0]["ddp"][name], p, rtol=1e-4, atol=1e-5)
 
     # What is sharded is compared with itself: on CPUs this PyTorch adds up the gradients of the ranks.
-    model.load_state_dict(ranks["fsdp2 without-0"], strict=False)
+    model.load_state_dict(ranks[0]["fsdp2 without"], strict=False)
     apply_msign(model)
-    assert_same(ranks["fsdp2-0"], weights(model))
+    assert_same(ranks[0]["fsdp2"], weights(model))
 
 
-@pytest.fixture
-def _lightning_calls_what_jsonargparse_deprecates(monkeypatch):
-    monkeypatch.setenv("JSONARGPARSE_DEPRECATION_WARNINGS", "off")
-
-
-@pytest.mark.usefixtures("_lightning_calls_what_jsonargparse_deprecates")
 class TestRecipe:
     """`recipes.composer_train` against `recipes.train`."""
 
     ARGUMENTS = (
-        *("--trainer.max_steps=50", "--msign.period=10", "--trainer.logger=false"),
+        *("--trainer.max_steps=50", "--msign.period=10", "--msign.stop=50", "--trainer.logger=false"),
         *("--trainer.enable_progress_bar=false", "--trainer.enable_model_summary=false"),
         *("--trainer.limit_val_batches=0", "--trainer.enable_checkpointing=false"),
     )
@@ -556,7 +397,7 @@ class TestRecipe:
         (log,) = (tmp_path / "runs" / "composer").iterdir()
         events = EventAccumulator(str(log)).Reload()
         assert events.Scalars("metrics/val/loss")[-1].value == pytest.approx(printed, abs=1e-4)
-        assert len(events.Scalars("msign/changed")) == 3
+        assert len(events.Scalars("msign/changed")) == 2  # after steps 2 and 4, but not right before validation
 
     def test_baseline_and_what_is_refused(self):
         arguments = ["--config", "tiny/prose", "--trainer.max_steps=1", "--trainer.gradient_clip_val=null"]

@@ -6,8 +6,8 @@ from functools import partial
 from pathlib import Path
 
 import pytest
+import support
 import torch
-import torch.multiprocessing as mp
 from small_models import gpt2, llama, run, tokens, with_gaps_
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
@@ -307,18 +307,13 @@ def test_alignment_needs_a_spectrum_of_its_targets():
         alignment.arm(SpectrumMonitor(select_targets(model, "attention")).measure())
 
 
-def _align_on_a_rank(rank: int, folder: str) -> None:
-    import torch.distributed as dist
+def _align_on_a_rank(rank: int) -> tuple:
     from torch.distributed.fsdp import fully_shard
 
-    torch.set_num_threads(1)
-    dist.init_process_group("gloo", init_method=f"file://{folder}/store", rank=rank, world_size=2)
     model = llama()
     parallel = nn.parallel.DistributedDataParallel(model)
-    alignment, monitor = (
-        SpectralAlignment(parallel, select_targets(parallel)),
-        SpectrumMonitor(select_targets(parallel)),
-    )
+    targets = select_targets(parallel)
+    alignment, monitor = SpectralAlignment(parallel, targets), SpectrumMonitor(targets)
     with alignment.armed(monitor.measure()):
         run(parallel, tokens(rank)).backward()
     result = alignment.result()
@@ -339,18 +334,14 @@ def _align_on_a_rank(rank: int, folder: str) -> None:
     rounded = replace(spectrum, stable_ranks=spectrum.stable_ranks + rank, second_norms=spectrum.second_norms * rank)
     agreed = rounded.all_reduce()
     assert all(a is b for a, b in zip(agreed.vectors, spectrum.vectors, strict=True))
-    torch.save((*found, rounded.matrices, agreed.matrices), f"{folder}/{rank}.pt")
-    dist.destroy_process_group()
+    return (*found, rounded.matrices, agreed.matrices)
 
 
 def test_ranks_count_their_own_tokens_and_join_them_on_request(tmp_path: Path):
-    mp.spawn(_align_on_a_rank, args=(str(tmp_path),), nprocs=2)
-    found = [torch.load(tmp_path / f"{rank}.pt", weights_only=False) for rank in range(2)]
+    found = support.on_two_ranks(_align_on_a_rank, tmp_path)
     model = llama()
-    alignment, spectrum = (
-        SpectralAlignment(model, select_targets(model)),
-        SpectrumMonitor(select_targets(model)).measure(),
-    )
+    targets = select_targets(model)
+    alignment, spectrum = SpectralAlignment(model, targets), SpectrumMonitor(targets).measure()
     with alignment.armed(spectrum):
         for rank in range(2):
             with alignment.armed(spectrum):

@@ -3,27 +3,25 @@
 import csv
 import logging
 import os
-import pydoc_data.topics
 import subprocess
 import sys
 from pathlib import Path
 
 import lightning.pytorch as pl
-import numpy as np
 import pytest
 import torch
 from lightning.pytorch.callbacks import Callback, ModelCheckpoint, WeightAveraging
 from lightning.pytorch.loggers import CSVLogger, TensorBoardLogger
 from lightning.pytorch.plugins import MixedPrecision
 from lightning.pytorch.strategies import DeepSpeedStrategy, FSDPStrategy
+from support import assert_same, llama, weights, windows
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from torch import Tensor
 from torch.optim.swa_utils import get_ema_avg_fn
 from torch.utils.data import DataLoader, DistributedSampler
-from transformers import LlamaConfig, LlamaForCausalLM
 
 from msign_lightning import MSignCallback, Restoration, restore, select_targets
-from msign_lightning.recipes.data import RandomWindows, Windows
+from msign_lightning.recipes.data import RandomWindows
 
 pytestmark = [
     # Lightning advises more workers and shorter logging intervals; neither makes sense for a dozen tiny batches.
@@ -32,26 +30,13 @@ pytestmark = [
     pytest.mark.filterwarnings("ignore:Checkpoint directory .* exists and is not empty"),
 ]
 
-TEXT = next(iter(pydoc_data.topics.topics.values())).encode("ascii", "replace")
-TOKENS = np.frombuffer(TEXT, dtype=np.uint8) % 96
-
 
 class LanguageModule(pl.LightningModule):
     """A Llama of two layers that records nothing but its own steps."""
 
     def __init__(self, optimizer: str = "adamw", lr: float = 1e-2) -> None:
         super().__init__()
-        torch.manual_seed(0)
-        config = LlamaConfig(
-            vocab_size=96,
-            hidden_size=32,
-            intermediate_size=48,
-            num_hidden_layers=2,
-            num_attention_heads=4,
-            num_key_value_heads=2,
-            max_position_embeddings=32,
-        )
-        self.model = LlamaForCausalLM(config)
+        self.model = llama()
         self.optimizer, self.lr = optimizer, lr
         self.infinite_batches: tuple[int, ...] = ()
 
@@ -100,7 +85,7 @@ class ValidatedModule(LanguageModule):
 
 def batches() -> RandomWindows:
     """An epoch of ten batches, which a resumed run continues in its middle."""
-    return RandomWindows(Windows(TOKENS, sequence_length=16, vocab_size=96), batch_size=4, n_batches=10)
+    return windows(10)
 
 
 def make_trainer(tmp_path: Path, *callbacks: Callback, **arguments) -> pl.Trainer:
@@ -115,16 +100,6 @@ def make_trainer(tmp_path: Path, *callbacks: Callback, **arguments) -> pl.Traine
         "default_root_dir": tmp_path,
     }
     return pl.Trainer(callbacks=list(callbacks), **(defaults | arguments))
-
-
-def weights(module: pl.LightningModule) -> dict[str, Tensor]:
-    return {name: p.detach().clone() for name, p in module.named_parameters()}
-
-
-def assert_same(a: dict[str, Tensor], b: dict[str, Tensor]) -> None:
-    assert a.keys() == b.keys()
-    different = [name for name in a if not torch.equal(a[name], b[name])]
-    assert not different
 
 
 def fit(tmp_path: Path, callback: Callback | None = None, module: LanguageModule | None = None, **arguments):

@@ -11,7 +11,6 @@ from pathlib import Path
 import pytest
 import torch
 import torch.distributed as dist
-import torch.multiprocessing as mp
 from stability import (
     DOWN,
     ONE_MATRIX,
@@ -28,6 +27,7 @@ from stability import (
     total_norm,
     weights,
 )
+from support import on_two_ranks
 from torch import Tensor, nn
 from torch._dynamo import eval_frame
 from torch._dynamo.backends.debugging import aot_eager
@@ -493,9 +493,7 @@ def comparable(reading: Reading) -> tuple:
 # --- several processes -------------------------------------------------------------------------------------------
 
 
-def _train_on_rank(rank: int, folder: str) -> None:
-    torch.set_num_threads(1)
-    dist.init_process_group("gloo", init_method=f"file://{folder}/store", rank=rank, world_size=2)
+def _train_on_rank(rank: int) -> tuple:
     model = recipe()
     for block in model.blocks:
         fully_shard(block)
@@ -530,13 +528,11 @@ def _train_on_rank(rank: int, folder: str) -> None:
     whole = {name: p.full_tensor().detach() for name, p in model.named_parameters()}
     found = alarms(readings), restored(readings), [repr(r.metrics) for r in readings if not r.restored]
     tokens = {m.tokens for r in readings if r.alignment is not None for m in r.alignment.matrices}
-    torch.save((whole, found, tokens, norms), f"{folder}/{rank}.pt")
-    dist.destroy_process_group()
+    return whole, found, tokens, norms
 
 
 def test_ranks_of_a_sharded_model_see_the_same_and_restore_the_same(tmp_path: Path):
-    mp.spawn(_train_on_rank, (str(tmp_path),), nprocs=2)
-    (a, seen, tokens, norms), (b, seen_1, *_) = (torch.load(tmp_path / f"{rank}.pt") for rank in range(2))
+    (a, seen, tokens, norms), (b, seen_1, *_) = on_two_ranks(_train_on_rank, tmp_path)
     assert_same(a, b)
     assert seen == seen_1
     assert seen[0] == [(4, "stable_rank", UP), (8, "non_finite", "loss")]

@@ -12,6 +12,7 @@ import tokenizers
 import torch
 import torch.nn.functional as F
 import transformers
+import yaml
 from lightning_utilities.core.rank_zero import rank_zero_only
 from torch.optim import SGD, AdamW
 
@@ -464,17 +465,79 @@ def msign_callbacks(cli):
     return [callback for callback in cli.trainer.callbacks if isinstance(callback, MSignCallback)]
 
 
-class TestCommandLine:
-    @pytest.fixture(autouse=True)
-    def _lightning_calls_what_jsonargparse_deprecates(self, monkeypatch):
-        monkeypatch.setenv("JSONARGPARSE_DEPRECATION_WARNINGS", "off")
+def command_line(arguments):
+    return RecipeCLI(args=arguments, run=False, save_config_callback=None)
 
+
+def composer_command_line(arguments):
+    from msign_lightning.recipes.composer_train import ComposerRecipeCLI
+
+    return ComposerRecipeCLI(args=arguments, run=False, save_config_callback=None)
+
+
+COMMAND_LINES = [command_line, pytest.param(composer_command_line, marks=pytest.mark.composer)]
+
+
+class TestCommandLine:
     @pytest.mark.parametrize("file", RECIPES, ids=lambda file: f"{file.parent.name}/{file.stem}")
     def test_every_recipe_builds(self, file):
         recipe = load_recipe(str(file))
         assert recipe.trainer.max_steps > 0
         assert recipe.datamodule.vocab_size == recipe.model.transformer.config.vocab_size
         assert len(msign_callbacks(recipe)) == 1
+
+    @pytest.mark.parametrize(
+        "option", [("-c", "{}"), ("-c{}",), ("--config", "{}"), ("--config={}",), ("--conf", "{}"), ("--conf={}",)]
+    )
+    @pytest.mark.parametrize("build", COMMAND_LINES)
+    def test_a_recipe_is_named_in_every_form_of_the_option(self, build, option, tmp_path):
+        def n_layers(config):
+            return build([part.format(config) for part in option]).model.transformer.config.n_layers
+
+        assert n_layers("tiny/source") == 12
+        file = tmp_path / "one.yaml"
+        file.write_text("model: {config: {n_layers: 1}}")
+        assert n_layers(file) == 1
+        assert n_layers("{model: {config: {n_layers: 3}}}") == 3
+
+    def test_a_recipe_is_named_after_the_subcommand(self, monkeypatch, capsys):
+        monkeypatch.setattr("sys.argv", ["train", "fit", "-c", "tiny/source", "--print_config"])
+        with pytest.raises(SystemExit) as stop:
+            RecipeCLI()
+        assert stop.value.code == 0
+        assert yaml.safe_load(capsys.readouterr().out)["model"]["config"]["n_layers"] == 12
+
+    @pytest.mark.parametrize("build", COMMAND_LINES)
+    @pytest.mark.parametrize(
+        ("name", "near"), [("tiny/pros", "tiny/prose"), ("no/such.yaml", ", ".join(recipes.recipe_names()))]
+    )
+    def test_an_unknown_recipe_is_an_error_that_lists_near_names(self, build, name, near, capsys):
+        with pytest.raises(SystemExit) as stop:
+            build(["-c", name])
+        assert stop.value.code == 2
+        message = f"argument -c/--config: must be a recipe or a file, got {name!r}; near names: {near}"
+        assert message in capsys.readouterr().err
+
+    def test_a_recipe_from_a_mapping(self):
+        config = {"trainer": {"max_steps": 30, "accelerator": "cpu"}, "msign": {"period": 4}}
+        cli = RecipeCLI(args=config, run=False, save_config_callback=None)
+        assert (cli.trainer.max_steps, cli.config.msign.stop) == (30, 26)
+
+    @pytest.mark.parametrize(
+        ("arguments", "stop"),
+        [
+            ((), 980),
+            (("--trainer.max_steps=50", "--msign.period=10"), 40),
+            (("--trainer.max_steps=50", "--msign.period=10", "--msign.stop=50"), 50),
+            (("--trainer.max_steps=25",), 20),
+            (("--trainer.max_steps=5",), 20),
+            (("--trainer.max_steps=100", "--msign.start=90"), 100),
+            (("--trainer.max_steps=-1", "--trainer.max_epochs=1"), None),
+        ],
+    )
+    @pytest.mark.parametrize("build", COMMAND_LINES)
+    def test_the_last_application_leaves_a_period_to_settle(self, build, arguments, stop):
+        assert build(["-c", "tiny/prose", *arguments]).config.msign.stop == stop
 
     def test_defaults_are_the_tiny_recipe(self):
         recipe = load_recipe("tiny/prose")

@@ -7,29 +7,14 @@ from pathlib import Path
 
 import pytest
 import torch
-import torch.multiprocessing as mp
 from lightning.fabric import Fabric
+from support import assert_same, llama, on_two_ranks, weights
 from torch import Tensor, nn
 from torch.profiler import ProfilerActivity, profile
-from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM
+from transformers import GPT2Config, GPT2LMHeadModel
 
 from msign_lightning import Restoration, matrices, restore, select_targets, stable_rank
 from msign_lightning.settings import RestorationSettings
-
-
-def llama(dtype: torch.dtype = torch.float32) -> LlamaForCausalLM:
-    torch.manual_seed(0)
-    config = LlamaConfig(
-        vocab_size=96,
-        hidden_size=32,
-        intermediate_size=48,
-        num_hidden_layers=2,
-        num_attention_heads=4,
-        num_key_value_heads=2,
-        max_position_embeddings=32,
-    )
-    return LlamaForCausalLM(config).to(dtype)
-
 
 LLAMA_ATTENTION = [f"model.layers.{i}.self_attn.{m}_proj.weight" for i in range(2) for m in "qkvo"]
 LLAMA_MLP = [f"model.layers.{i}.mlp.{m}_proj.weight" for i in range(2) for m in ("gate", "up", "down")]
@@ -43,16 +28,6 @@ def train(model: nn.Module, steps: int, optimizer: torch.optim.Optimizer, after_
         model(input_ids=tokens_BT, labels=tokens_BT).loss.backward()
         optimizer.step()
         after_step(step)
-
-
-def weights(model: nn.Module) -> dict[str, Tensor]:
-    return {name: p.detach().clone() for name, p in model.named_parameters()}
-
-
-def assert_same(a: dict[str, Tensor], b: dict[str, Tensor]) -> None:
-    assert a.keys() == b.keys()
-    different = [name for name in a if not torch.equal(a[name], b[name])]
-    assert not different
 
 
 @pytest.mark.parametrize(
@@ -444,12 +419,9 @@ def test_autocast_around_the_step_changes_nothing():
     assert_same(weights(plain), weights(cast))
 
 
-def _shard_and_restore(rank: int, folder: str) -> None:
-    import torch.distributed as dist
+def _shard_and_restore(rank: int) -> tuple[dict[str, Tensor], dict[str, Tensor], list[str]]:
     from torch.distributed.fsdp import fully_shard
 
-    torch.set_num_threads(1)
-    dist.init_process_group("gloo", init_method=f"file://{folder}/store", rank=rank, world_size=2)
     model = llama()
     for layer in model.model.layers:
         fully_shard(layer)
@@ -460,14 +432,12 @@ def _shard_and_restore(rank: int, folder: str) -> None:
     before = {name: p.full_tensor() for name, p in model.named_parameters()}
     report = restoration.step()
     after = {name: p.full_tensor() for name, p in model.named_parameters()}
-    torch.save((before, after, [m.name for m in report.matrices]), f"{folder}/{rank}.pt")
     train(model, 1, optimizer)  # still trains
-    dist.destroy_process_group()
+    return before, after, [m.name for m in report.matrices]
 
 
 def test_sharded_parameters_get_what_whole_ones_would(tmp_path: Path):
-    mp.spawn(_shard_and_restore, (str(tmp_path),), nprocs=2)
-    (before, after, names), (_, after_1, names_1) = (torch.load(tmp_path / f"{rank}.pt") for rank in range(2))
+    (before, after, names), (_, after_1, names_1) = on_two_ranks(_shard_and_restore, tmp_path)
     assert names == names_1
     assert set(names) == set(LLAMA_ATTENTION + LLAMA_MLP)
     assert_same(after, after_1)

@@ -3,16 +3,15 @@
 import copy
 import math
 import pickle
-import pydoc_data.topics
 import re
 
 import lightning.pytorch as pl
-import numpy as np
 import pytest
 import torch
 import torch.distributed as dist
 import transformers
 from lightning.pytorch.callbacks import Callback, ModelCheckpoint, StochasticWeightAveraging, WeightAveraging
+from support import assert_same, weights, windows
 from torch import Tensor, nn
 from torch.autograd.functional import jacobian
 from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import checkpoint_wrapper
@@ -22,7 +21,7 @@ from torch.nn import functional as F
 from torch.optim.swa_utils import get_ema_avg_fn
 
 from msign_lightning import MSignCallback, SpikeNoMoreCallback, spike_no_more_
-from msign_lightning.recipes.data import RandomWindows, Windows
+from msign_lightning.recipes.data import RandomWindows
 from msign_lightning.recipes.module import LanguageModel
 from msign_lightning.recipes.transformer import Transformer, TransformerConfig
 
@@ -130,15 +129,6 @@ def tokens(length: int = 12) -> Tensor:
 def run(model: nn.Module, ids: Tensor, **inputs) -> Tensor:
     output = model(ids, **inputs) if ids is not None else model(**inputs)
     return output if isinstance(output, Tensor) else output[0]
-
-
-def weights(model: nn.Module) -> dict[str, Tensor]:
-    return {name: p.detach().clone() for name, p in model.named_parameters()}
-
-
-def assert_same(a: dict[str, Tensor], b: dict[str, Tensor]) -> None:
-    assert a.keys() == b.keys()
-    assert not [name for name in a if not torch.equal(a[name], b[name])]
 
 
 @pytest.mark.parametrize("name", MODELS)
@@ -435,9 +425,6 @@ def test_bound_on_the_gradient_norm_goes_down(shortcut):
 
 # --- under Lightning ---------------------------------------------------------------------------------------------
 
-TEXT = next(iter(pydoc_data.topics.topics.values())).encode("ascii", "replace")
-TOKENS = np.frombuffer(TEXT, dtype=np.uint8) % VOCAB
-
 
 def make_module() -> LanguageModel:
     torch.manual_seed(0)
@@ -445,7 +432,7 @@ def make_module() -> LanguageModel:
 
 
 def batches() -> RandomWindows:
-    return RandomWindows(Windows(TOKENS, sequence_length=16, vocab_size=VOCAB), batch_size=4, n_batches=8)
+    return windows(8, vocab_size=VOCAB)
 
 
 def make_trainer(tmp_path, *callbacks: Callback, max_steps: int = 8, max_epochs: int = -1) -> pl.Trainer:

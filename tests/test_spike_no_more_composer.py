@@ -2,23 +2,19 @@
 
 import json
 import math
-import pydoc_data.topics
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import pytest
 import torch
+from support import assert_same, composer_trainer, weights, windows
 from torch import Tensor, nn
 
 from msign_lightning import spike_no_more_
-from msign_lightning.recipes.data import RandomWindows, Windows
 from msign_lightning.recipes.transformer import Transformer, TransformerConfig
 
 pytestmark = pytest.mark.composer
 
-TEXT = next(iter(pydoc_data.topics.topics.values())).encode("ascii", "replace")
-WINDOWS = Windows(np.frombuffer(TEXT, dtype=np.uint8) % 96, sequence_length=16, vocab_size=96)
 CONFIG = TransformerConfig(vocab_size=96, n_layers=2, width=32, mlp_width=48)
 SEED = 7
 
@@ -30,32 +26,20 @@ def make_model(seed: int = 0) -> nn.Module:
     return ComposerLanguageModel(Transformer(CONFIG))
 
 
-def weights(model: nn.Module) -> dict[str, Tensor]:
-    return {name: p.detach().clone() for name, p in model.named_parameters()}
-
-
-def assert_same(a: dict[str, Tensor], b: dict[str, Tensor]) -> None:
-    assert a.keys() == b.keys()
-    assert not [name for name in a if not torch.equal(a[name], b[name])]
-
-
 def make_trainer(model: nn.Module, optimizer: torch.optim.Optimizer | None = None, algorithms: Any = None, **arguments):
-    from composer import Trainer
     from torch.utils.data import DataLoader
 
     from msign_lightning.algorithms import SpikeNoMore
 
-    loader = RandomWindows(WINDOWS, 4, 6)
+    loader = windows(6)
     defaults: dict[str, Any] = {
         "train_dataloader": DataLoader(torch.cat([loader.batch(i) for i in range(6)]), batch_size=4),
         "max_duration": "6ba",
-        "device": "cpu",
-        "progress_bar": False,
+        "optimizers": optimizer or torch.optim.AdamW(model.parameters(), lr=1e-2),
+        "algorithms": [SpikeNoMore("embed_ln")] if algorithms is None else algorithms,
         "seed": SEED,
     }
-    optimizer = optimizer or torch.optim.AdamW(model.parameters(), lr=1e-2)
-    algorithms = [SpikeNoMore("embed_ln")] if algorithms is None else algorithms
-    return Trainer(model=model, optimizers=optimizer, algorithms=algorithms, **(defaults | arguments))
+    return composer_trainer(model, **(defaults | arguments))
 
 
 def test_prepares_where_the_trainer_begins_whatever_the_generator():

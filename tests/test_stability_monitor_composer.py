@@ -18,7 +18,19 @@ from composer.loggers import LoggerDestination, TensorboardLogger
 from composer.trainer._scaler import ClosureGradScaler
 from composer.utils.parallelism import FSDPConfig
 from lightning.pytorch.loggers import CSVLogger
-from stability import ONE_MATRIX, UP, assert_same, collapse_, recipe, stable_ranks, total_norm, weights, windows
+from stability import (
+    ONE_MATRIX,
+    UP,
+    assert_ranks_agree,
+    assert_same,
+    collapse_,
+    recipe,
+    stable_ranks,
+    total_norm,
+    weights,
+    windows,
+)
+from support import composer_trainer, on_two_ranks
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from tensorboard.plugins.custom_scalar.layout_pb2 import Layout
 from torch import Tensor, nn
@@ -102,16 +114,14 @@ def batches(count: int = 10) -> DataLoader:
 
 def make_trainer(*callbacks: Callback, model: nn.Module | None = None, steps: int = 10, **arguments) -> Trainer:
     model = Model() if model is None else model
-    defaults: dict[str, Any] = {
+    defaults = {
         "train_dataloader": batches(),
         "max_duration": f"{steps}ba",
         "optimizers": torch.optim.AdamW(model.parameters(), lr=1e-3),
         "loggers": [Memory()],
-        "device": "cpu",
-        "progress_bar": False,
-        "seed": 0,
+        "callbacks": list(callbacks),
     }
-    return Trainer(model=model, callbacks=list(callbacks), **(defaults | arguments))
+    return composer_trainer(model, **(defaults | arguments))
 
 
 def fit(*callbacks: Callback, **arguments) -> tuple[nn.Module, Memory]:
@@ -338,9 +348,7 @@ class OfRank(Model):
         return batch[2 * rank : 2 * rank + 2]
 
 
-def _train_on_rank(rank: int, folder: Path, environment: dict[str, str]) -> None:
-    os.environ |= environment | {"RANK": str(rank), "LOCAL_RANK": str(rank)}
-    torch.set_num_threads(1)
+def _train_on_rank(rank: int) -> tuple[dict[str, Tensor], str, dict[int, dict[str, float]], list[float]]:
     settings = {"thresholds": ONE_MATRIX, "cooldown": 4}
     monitor = StabilityMonitor({"stable_rank": 2, "spectral_alignment": 4}, "restore", **settings)
     model, loader = OfRank(), windows(10)
@@ -349,8 +357,7 @@ def _train_on_rank(rank: int, folder: Path, environment: dict[str, str]) -> None
         EditParallel(3, 5), monitor, model=model, train_dataloader=data, device_train_microbatch_size=4
     )
     trainer.fit()
-    found = weights(trainer.state.model), repr(monitor.state_dict()), trainer.logger.destinations[0].rows, model.losses
-    torch.save(found, folder / f"{rank}.pt")
+    return weights(trainer.state.model), repr(monitor.state_dict()), trainer.logger.destinations[0].rows, model.losses
 
 
 class EditParallel(Edit):
@@ -360,20 +367,7 @@ class EditParallel(Edit):
 
 
 def test_ranks_raise_the_same_alarms_and_restore_the_same(tmp_path):
-    environment = {
-        **{"WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2", "NODE_RANK": "0"},
-        **{"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(29500 + os.getpid() % 1000)},
-    }
-    torch.multiprocessing.spawn(_train_on_rank, (tmp_path, environment), nprocs=2)
-    (a, state, rows, losses), (b, state_1, rows_1, losses_1) = (torch.load(tmp_path / f"{i}.pt") for i in range(2))
-    assert_same(a, b)
-    assert state == state_1
-    assert repr(rows) == repr(rows_1)
-    assert losses != losses_1
-    assert {step: row["msign/changed"] for step, row in rows.items() if "msign/changed" in row} == {4: 1, 8: 1}
-    assert rows[2]["stability/loss"] == pytest.approx(sum(losses[:2] + losses_1[:2]) / 4, rel=1e-6)
-    assert math.isnan(rows[8]["stability/loss"])
-    assert [row["stability/alarms"] for step, row in rows.items() if step in (6, 8, 10)] == [1, 2, 0]
+    assert_ranks_agree(on_two_ranks(_train_on_rank, tmp_path))
 
 
 # --- loggers -----------------------------------------------------------------------------------------------------
