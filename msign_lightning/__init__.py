@@ -12,6 +12,7 @@ if TYPE_CHECKING:
     from msign_lightning.callbacks import MSignCallback as MSignCallback
     from msign_lightning.callbacks import SpikeNoMoreCallback as SpikeNoMoreCallback
     from msign_lightning.callbacks import StabilityMonitor as StabilityMonitor
+    from msign_lightning.cut_check import check_cuts as check_cuts
     from msign_lightning.linalg import msign as msign
     from msign_lightning.linalg import restore as restore
     from msign_lightning.linalg import stable_rank as stable_rank
@@ -21,14 +22,16 @@ if TYPE_CHECKING:
     from msign_lightning.targets import Cut as Cut
     from msign_lightning.targets import Target as Target
     from msign_lightning.targets import format_targets as format_targets
+    from msign_lightning.targets import left_out as left_out
     from msign_lightning.targets import select_targets as select_targets
 
 _MODULES = {
     "callbacks": ("MSignCallback", "SpikeNoMoreCallback", "StabilityMonitor"),
+    "cut_check": ("check_cuts",),
     "linalg": ("msign", "restore", "stable_rank"),
     "restoration": ("Report", "Restoration"),
     "spike_no_more": ("spike_no_more_",),
-    "targets": ("Cut", "Target", "format_targets", "select_targets"),
+    "targets": ("Cut", "Target", "format_targets", "left_out", "select_targets"),
 }
 __all__ = ["__version__", *(name for names in _MODULES.values() for name in names)]
 

@@ -22,11 +22,12 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.parallel import DistributedDataParallel
 from torch.utils._pytree import tree_map
 
+from msign_lightning.recognition import named_places
+
 __all__ = ["BlockJacobians", "JacobianReport", "uncompiled"]
 
 # Share of fresh noise in a warm start, which therefore can't stay orthogonal to a direction that has grown since.
 _FRESH_NOISE = 0.1
-_WRAPPER_CHILDREN = {"_orig_mod", "_checkpoint_wrapped_module"}
 
 _Map = Callable[[Tensor], Tensor]
 
@@ -365,9 +366,8 @@ def uncompiled() -> Iterator[None]:
 
 def _find_blocks(model: nn.Module, globs: Sequence[str] | None) -> dict[str, nn.Module]:
     modules: dict[str, nn.Module] = {}
-    for path, module in model.named_modules():
-        name = ".".join(part for part in path.split(".") if part not in _WRAPPER_CHILDREN)
-        modules.setdefault(name, module)  # a wrapper comes before what it wraps
+    for parts, (*_, module) in named_places(model):
+        modules.setdefault(".".join(parts), module)  # a wrapper comes before what it wraps
     stacks = _outermost([name for name, module in modules.items() if _is_stack(module)])
     if globs is None:
         if len(stacks) != 1:

@@ -17,7 +17,7 @@ from torch.utils.hooks import RemovableHandle
 from msign_lightning.linalg import Method, Rule, default_rtol, restore_
 from msign_lightning.matrices import batches
 from msign_lightning.settings import RestorationSettings, with_settings
-from msign_lightning.targets import Target, select_targets
+from msign_lightning.targets import Target, left_out, select_targets
 
 __all__ = ["MatrixReport", "Report", "Restoration", "Restorer", "was_skipped"]
 
@@ -152,6 +152,7 @@ class Restoration:
     def __init__(self, model: nn.Module, settings: RestorationSettings) -> None:
         self.settings = settings
         self.targets = select_targets(model, settings.targets, exclude=settings.exclude, cuts=settings.cuts)
+        self._left_out = left_out(model, self.targets)
         self._restorer = Restorer(self.targets, rule=settings.rule, method=settings.method, rtol=settings.rtol)
         self._shares: list[Collection[str] | None] = [None]
         self._steps = [0]
@@ -234,7 +235,7 @@ class Restoration:
         return self._restorer.apply(names, step=max(self._steps))
 
     def describe(self) -> str:
-        """One line for a log: which matrices, how often, at what cost."""
+        """One line for a log: which matrices, how often, at what cost, and what of the blocks is left out."""
         groups = {
             group: sum(t.count for t in self.targets if t.group == group) for group in ("attention", "mlp", "other")
         }
@@ -245,6 +246,7 @@ class Restoration:
             f"{self._restorer.rule}: {sum(groups.values())} matrices ({counts}) of {parameters} parameters "
             f"every {self.settings.period} optimizer steps from {self.settings.first} on"
             f"{'' if self.settings.stop is None else f' up to {self.settings.stop}'}, {flops:.1e} SVD FLOPs each time"
+            + (f"; left out: {self._left_out}" if self._left_out else "")
         )
 
     @property

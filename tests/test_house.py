@@ -17,11 +17,11 @@ MAY_IMPORT = {
 
 LAYERS = (
     ("_extras", "polar_express"),
-    ("linalg", "collapse"),
+    ("linalg", "collapse", "recognition"),
     ("targets",),
     ("matrices", "settings"),
     ("restoration", "spike_no_more", "spectrum", "jacobian"),
-    ("alignment",),
+    ("alignment", "cut_check"),
     ("monitor",),
     ("tensorboard",),
     ("shells",),
