@@ -62,6 +62,14 @@ def test_a_page_runs_from_top_to_bottom(name, program, capsys):
         assert program["monitor"].steps == 5
 
 
+def test_the_page_on_targets_proves_the_cuts_of_its_model(program):
+    program["input_ids"] = program["batches"][0]
+    for code in blocks(ROOT / "docs" / "targets.md", "python"):
+        exec(compile(code, "targets", "exec"), program)
+    assert program["proved"]
+    assert all(program["proved"].values())
+
+
 def test_the_names_for_llm_foundry_are_registered():
     (code,) = blocks(ROOT / "docs" / "llm_foundry.md", "yaml")
     for group, names in yaml.safe_load(code).items():
