@@ -3,23 +3,15 @@
 Before a collapse they gather on one side. A measurement needs a `Spectrum` of the same weights::
 
     targets = select_targets(model)
-    spectra, alignment, detector = SpectrumMonitor(targets), SpectralAlignment(model, targets), CollapseDetector()
-
-    spectrum = spectra.measure()
-    with alignment.armed(spectrum):
+    spectra, alignment = SpectrumMonitor(targets), SpectralAlignment(model, targets)
+    with alignment.armed(spectra.measure()):
         loss = model(batch).loss
-    alarms = detector.update(
-        step,
-        loss=loss.item(),
-        stable_ranks={m.name: m.stable_rank for m in spectrum.matrices},
-        sign_diversity={m.name: m.sign_diversity for m in alignment.result().matrices},
-    )
+    metrics = alignment.result().metrics()
 """
 
 from __future__ import annotations
 
 import math
-from bisect import bisect_left
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass, replace
@@ -35,7 +27,7 @@ from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
 
 from msign_lightning.jacobian import uncompiled
 from msign_lightning.matrices import gather
-from msign_lightning.spectrum import Spectrum
+from msign_lightning.spectrum import Spectrum, summarised
 from msign_lightning.targets import Group, Target
 
 __all__ = ["Alignment", "MatrixAlignment", "SpectralAlignment"]
@@ -44,31 +36,20 @@ __all__ = ["Alignment", "MatrixAlignment", "SpectralAlignment"]
 _BINS = 128
 _EDGES = tuple((2 * i / _BINS - 1) ** 3 for i in range(_BINS + 1))
 _MAX_COSINES = 2**24  # 64 MB in fp32: so many are kept before they are counted
-_QUANTILES = (0.05, 0.25, 0.5, 0.75, 0.95)
 
 
 class MatrixAlignment(NamedTuple):
     """How the inputs of one matrix lie to its top right singular vector v₁, whose own sign is arbitrary.
 
-    With p the share of tokens x that have v₁ᵀx > 0, all NaN if v₁ was undefined or no token was seen:
-
-    Attributes:
-        name: Name of the matrix.
-        group: Its group.
-        tokens: How many tokens were seen.
-        majority_fraction: max(p, 1 − p): 0.5 in health, 1 when collapsed.
-        sign_diversity: 2 min(p, 1 − p): 1 in health, 0 when collapsed.
-        mean: Mean of the cosines v₁ᵀx / ‖x‖.
-        quantiles: Their 5, 25, 50, 75 and 95 % quantiles, interpolated between the edges of bins.
+    `sign_diversity` is 2 min(p, 1 − p), where p is the share of tokens x that have v₁ᵀx > 0: 1 in health, 0 when
+    collapsed. `mean` is that of the cosines v₁ᵀx / ‖x‖. Both are NaN if v₁ was undefined or no token was seen.
     """
 
     name: str
     group: Group
     tokens: int
-    majority_fraction: float
     sign_diversity: float
     mean: float
-    quantiles: tuple[float, ...]
 
 
 @dataclass(frozen=True, eq=False)
@@ -111,16 +92,11 @@ class Alignment:
     def metrics(self, *, per_matrix: bool = False) -> dict[str, float]:
         """Summaries over the matrices whose v₁ was defined, for any logger, and on request values per matrix.
 
-        They are `sign_diversity/min` and `sign_diversity/mean`, over all and per group (`sign_diversity/<group>/min`),
-        and `spectral_alignment/masked`, the number of matrices left out.
+        They are `sign_diversity/min` and `/mean`, over all and per group (`sign_diversity/<group>/min`), and
+        `spectral_alignment/masked`, the number of matrices left out.
         """
         sound = [m for m in self.matrices if not math.isnan(m.mean)]
-        metrics = {}
-        for group in ("", *sorted({m.group for m in sound})) if sound else ():
-            diversities = [m.sign_diversity for m in sound if group in ("", m.group)]
-            prefix = f"sign_diversity/{group}/" if group else "sign_diversity/"
-            metrics[f"{prefix}min"] = min(diversities)
-            metrics[f"{prefix}mean"] = fmean(diversities)
+        metrics = summarised(sound, "sign_diversity", min=min, mean=fmean)
         metrics["spectral_alignment/masked"] = float(len(self.matrices) - len(sound))
         if per_matrix:
             metrics |= {f"sign_diversity/{m.name}": m.sign_diversity for m in sound}
@@ -128,22 +104,12 @@ class Alignment:
         return metrics
 
 
-def _describe(name: str, group: Group, counts: Sequence[float], total: float, defined: bool) -> MatrixAlignment:
+def _describe(name: str, group: Group, counts: Sequence[int], total: float, defined: bool) -> MatrixAlignment:
     tokens = counts[-1]
     if not (defined and tokens):
-        return MatrixAlignment(name, group, int(tokens), math.nan, math.nan, math.nan, (math.nan,) * len(_QUANTILES))
+        return MatrixAlignment(name, group, tokens, math.nan, math.nan)
     negative = counts[_BINS // 2] / tokens
-    minority = min(negative, 1 - negative)
-    quantiles = tuple(_quantile(counts, q * tokens) for q in _QUANTILES)
-    return MatrixAlignment(name, group, int(tokens), 1 - minority, 2 * minority, total / tokens, quantiles)
-
-
-def _quantile(counts: Sequence[float], rank: float) -> float:
-    """The cosine that `rank` tokens do not exceed, from their cumulative counts."""
-    i = max(bisect_left(counts, rank), 1)
-    below, above = counts[i - 1], counts[i]
-    part = min(max((rank - below) / (above - below), 0.0), 1.0) if above > below else 0.0
-    return _EDGES[i - 1] + part * (_EDGES[i] - _EDGES[i - 1])
+    return MatrixAlignment(name, group, tokens, 2 * min(negative, 1 - negative), total / tokens)
 
 
 class _Layer(NamedTuple):
@@ -158,17 +124,16 @@ class SpectralAlignment:
     r"""Cosines between the inputs of linear layers and the top right singular vectors of their weights.
 
     For y = W x with W = U S V^T of shape (out, in), each token x gives :math:`v_1^\top x / \|x\|` (arXiv 2510.04202).
-    In a healthy layer both signs occur; nearly all tokens on one side warn of a collapse. A fused layer is taken apart:
-    Q, K and V have a v₁ each. Where an application of MSign, or anything else, has left no gap at the top of the
-    spectrum, v₁ is arbitrary and the matrix is masked.
+    In a healthy layer both signs occur; nearly all tokens on one side warn of a collapse. Q, K and V of a fused layer
+    have a v₁ each. Where the spectrum has no gap at the top, as after an application of MSign, v₁ is arbitrary and the
+    matrix is masked.
 
     Hooks exist only while armed, count only in training mode, leave inputs and outputs alone, and ignore what
     activation checkpointing runs again in the backward pass, so arming may last as long as the step. A compiled model
-    runs uncompiled while it is armed (`torch.compiler.set_stance`), which no later step notices: no graph is compiled
-    anew. Such a step takes the time and the memory of an uncompiled one.
+    runs uncompiled while it is armed, in the time and memory that this takes; no graph is compiled anew.
 
-    Every rank counts its own tokens; see `Alignment.all_reduce`. Padding counts as any token; tokens that are zero or
-    not finite don't count.
+    Every rank counts its own tokens; see `Alignment.all_reduce`. Padding counts; tokens that are zero or not finite
+    don't.
 
     Args:
         model: The model, as it is trained.
@@ -221,9 +186,8 @@ class SpectralAlignment:
             ValueError: The measurement lacks one of `targets`.
         """
         index_of = {name: i for i, name in enumerate(spectrum.names)}
-        for target in self.targets:
-            if target.name not in index_of:
-                raise ValueError(f"spectrum must hold every target of the alignment, got none of {target.name}")
+        if missing := [target.name for target in self.targets if target.name not in index_of]:
+            raise ValueError(f"spectrum must hold every target of the alignment, got none of {missing[0]}")
         self.disarm()
         order = [index_of[target.name] for target in self.targets]
         self._defined = spectrum.has_gap(self.gap)[order]
@@ -259,10 +223,9 @@ class SpectralAlignment:
             alike.setdefault((cosines.size(1), cosines.dtype, cosines.device), []).append((rows, cosines))
         self._cosines, self._uncounted = [], 0
         for group in alike.values():
-            cumulative, sums = _cosine_counts(torch.cat([cosines for _, cosines in group]))
-            for row, counts, total in zip(
-                chain.from_iterable(rows for rows, _ in group), cumulative, sums, strict=True
-            ):
+            all_rows = [row for rows, _ in group for row in rows]
+            counted = _cosine_counts(torch.cat([cosines for _, cosines in group]))
+            for row, counts, total in zip(all_rows, *counted, strict=True):
                 old = self._counts.get(row)
                 self._counts[row] = (counts, total) if old is None else (old[0] + counts, old[1] + total)
 
@@ -277,10 +240,9 @@ class SpectralAlignment:
         self._count()
         device = self._defined.device
         none = (torch.zeros(_BINS + 1, dtype=torch.long, device=device), torch.zeros((), device=device))
-        counted = [self._counts.get(row, none) for row in range(len(self.targets))]
-        cumulative = torch.stack([counts.to(device) for counts, _ in counted])
-        sums = torch.stack([total.to(device) for _, total in counted])
-        names, groups = (tuple(t.name for t in self.targets), tuple(t.group for t in self.targets))
+        counted = zip(*(self._counts.get(row, none) for row in range(len(self.targets))), strict=True)
+        cumulative, sums = (torch.stack([value.to(device) for value in values]) for values in counted)
+        names, groups = zip(*((t.name, t.group) for t in self.targets), strict=True)
         return Alignment(names, groups, cumulative, sums, self._defined)
 
 
@@ -312,11 +274,8 @@ def _cosines(x: Tensor, vectors_PD: Tensor) -> Tensor:
     x_TD = gather(x).reshape(-1, x.size(-1))
     x_TD = x_TD.to(torch.promote_types(x_TD.dtype, torch.float32))
     norms_T = torch.linalg.vector_norm(x_TD, dim=-1).nan_to_num_(math.nan, math.nan)  # infinity becomes NaN
-    with (
-        torch.autocast(x_TD.device.type, enabled=False)
-        if torch.is_autocast_enabled(x_TD.device.type)
-        else nullcontext()
-    ):
+    kind = x_TD.device.type
+    with torch.autocast(kind, enabled=False) if torch.is_autocast_enabled(kind) else nullcontext():
         cosines_PT: Tensor = vectors_PD.to(x_TD) @ x_TD.mT / norms_T
     return cosines_PT
 

@@ -6,10 +6,10 @@ Before a collapse the stable rank of weights falls (arXiv 2602.01734).
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
-from statistics import fmean
+from statistics import geometric_mean
 from typing import Any, NamedTuple
 
 import torch
@@ -57,10 +57,7 @@ class Spectrum:
     vectors: tuple[tuple[Tensor, Tensor], ...]
 
     def all_reduce(self, group: dist.ProcessGroup | None = None) -> Spectrum:
-        """The values averaged over all ranks, each of which must call this: the same floats on every rank.
-
-        Ranks measure the same weights, but may differ in rounding, and a decision must not hang on that.
-        """
+        """The values averaged over all ranks, each of which must call this: no decision hangs on a rank's rounding."""
         values = torch.stack([self.stable_ranks, self.spectral_norms, self.second_norms])
         dist.all_reduce(values, group=group)
         ranks, firsts, seconds = values / dist.get_world_size(group)
@@ -79,16 +76,11 @@ class Spectrum:
     def metrics(self, *, per_matrix: bool = False) -> dict[str, float]:
         """Summaries over the finite, non-zero matrices, for any logger, and on request a value per matrix.
 
-        They are `stable_rank/min` and `stable_rank/geometric_mean`, over all and per group
-        (`stable_rank/<group>/min`), and `spectral_norm/max`.
+        They are `stable_rank/min` and `/geometric_mean`, over all and per group (`stable_rank/<group>/min`), and
+        `spectral_norm/max`.
         """
         sound = [m for m in self.matrices if m.stable_rank > 0]
-        metrics = {}
-        for group in ("", *sorted({m.group for m in sound})) if sound else ():
-            ranks = [m.stable_rank for m in sound if group in ("", m.group)]
-            prefix = f"stable_rank/{group}/" if group else "stable_rank/"
-            metrics[f"{prefix}min"] = min(ranks)
-            metrics[f"{prefix}geometric_mean"] = math.exp(fmean(map(math.log, ranks)))
+        metrics = summarised(sound, "stable_rank", min=min, geometric_mean=geometric_mean)
         if sound:
             metrics["spectral_norm/max"] = max(m.spectral_norm for m in sound)
         if per_matrix:
@@ -97,14 +89,26 @@ class Spectrum:
         return metrics
 
 
+def summarised(matrices: Sequence[Any], quantity: str, **statistics: Callable[..., float]) -> dict[str, float]:
+    """Statistics of a quantity over all matrices and per group: `<quantity>/min`, `<quantity>/<group>/min`, ..."""
+    members = {quantity: matrices}
+    for group in sorted({m.group for m in matrices}):
+        members[f"{quantity}/{group}"] = [m for m in matrices if m.group == group]
+    return {
+        f"{prefix}/{name}": statistic([getattr(m, quantity) for m in some])
+        for prefix, some in members.items()
+        if some
+        for name, statistic in statistics.items()
+    }
+
+
 class SpectrumMonitor:
     """Stable rank, top two singular values and top singular vectors of weight matrices, by warm power iteration.
 
     The first measurement takes 16 iterations, each later one 2, from the vectors of the one before with a tenth of
-    fresh noise. Singular values are estimated from below, so stable ranks from above: within 2 % while weights drift
-    slowly, and least where the stable rank is low; after an application of MSign, which leaves the largest values close
-    together, by up to a fifth for some measurements. Matrices of one shape are measured in one batch. Sharded weights
-    are gathered, so every rank must call `measure` at the same steps.
+    fresh noise. Stable ranks are estimated from above: within 2 % while weights drift slowly, and best where they are
+    low; after an application of MSign, which leaves the largest singular values close together, within a fifth for some
+    measurements. Sharded weights are gathered, so every rank must call `measure` at the same steps.
 
     Args:
         targets: The matrices, as `select_targets` chooses them from the model as it is trained: cast, wrapped, sharded.
