@@ -52,13 +52,11 @@ class JacobianReport(NamedTuple):
     def bound(self) -> Tensor:
         """(aM)ᴸ / a with M the least norm and a the least alignment of a sequence, of shape (B,).
 
-        Source: arXiv 2602.01734, Theorem 4.2, which states it as a lower bound of `total`. It is one for two blocks, or
-        if the blocks between the first and the last have rank one. In between it need not be: the proof's Eq. 24 takes
-        the alignment with a block for that with the product of all blocks below, whose minor singular directions can
-        cancel the top one. So read it as an indicator.
+        Source: arXiv 2602.01734, Theorem 4.2, as a lower bound of `total`. It is one for two blocks, or if those in
+        between have rank one; else it is an indicator, for the proof's Eq. 24 takes the alignment with a block for that
+        with the product of all below, whose minor directions can cancel the top one.
         """
-        M, a = self.norms.amin(-1), self.alignments.amin(-1)
-        depth = self.norms.size(-1)
+        M, a, depth = self.norms.amin(-1), self.alignments.amin(-1), self.norms.size(-1)
         return M**depth * a ** (depth - 1)
 
     def metrics(self, *, per_block: bool = False) -> dict[str, float]:
@@ -87,18 +85,16 @@ class BlockJacobians:
 
     The Jacobian of a block, attention and MLP with their residuals and norms, is J⁽ˡ⁾ = ∂vec H⁽ˡ⁾ / ∂vec H⁽ˡ⁻¹⁾ at the
     hidden states (B, T, D) of a forward of the model, its other inputs held fixed. Each sequence has its own, of
-    T·D × T·D, and is measured on its own. The model computes as in evaluation, so without dropout, without autocast
-    and not compiled. Its parameters and their gradients, its mode and the random state stay as they were.
+    T·D × T·D. The model computes as in evaluation: without dropout, without autocast, not compiled. Its parameters,
+    their gradients, its mode and the random state stay as they were.
 
-    A norm is estimated from below, by Golub–Kahan–Lanczos iteration: power iteration that keeps its directions, which
-    takes far fewer products where the largest singular values lie close together, as they do in blocks. For k
-    `iterations` that is 2k passes through the blocks and 2k for the total, each of up to the cost of a training step on
-    the measured sequences. The graphs of the blocks and of their backward stay in memory meanwhile, and 2k vectors of
-    the size of the hidden states.
+    A norm is estimated from below, by Golub–Kahan–Lanczos iteration: power iteration that keeps its directions, so that
+    singular values close together, as blocks have them, cost few products. k `iterations` take 2k passes through the
+    blocks and 2k for the total, each of up to the cost of a training step on the measured sequences, and meanwhile the
+    memory of the graphs of the blocks and of their backward, and of 2k vectors of the size of the hidden states.
 
-    A measurement starts at the directions of the one before if the shape of the hidden states is the same. So measure
-    the same sequences each time, and half the default iterations do. Directions are no part of a checkpoint: after a
-    resume the first measurement is a cold one.
+    A measurement starts at the directions of the one before if the hidden states have the same shape. So measure the
+    same sequences each time, and half the default iterations do. A resumed run starts cold.
 
     The model may be bare, compiled or wrapped by DDP. Its weights must be whole, and its blocks twice differentiable,
     which PyTorch's own attention is and fused attention kernels are not.
@@ -142,8 +138,7 @@ class BlockJacobians:
     def arm(self, sequences: int = 2) -> None:
         """Measures at the next forward pass in training mode, right before the module around the blocks runs.
 
-        So a training loop measures its own batches whatever they look like, with the weights of that forward pass. A
-        compiled model runs uncompiled while this is armed.
+        So a training loop measures its own batches, whatever they look like. Compiled code runs uncompiled meanwhile.
 
         Args:
             sequences: Of a batch, that is of every tensor with its leading dimension, so many are measured.
@@ -269,16 +264,12 @@ class _Visit:
         return _flat(product)
 
 
-def _run(
-    model: nn.Module, blocks: dict[str, nn.Module], args: tuple[Any, ...], kwargs: dict[str, Any]
-) -> dict[str, _Visit]:
+def _run(model: nn.Module, blocks: dict[str, nn.Module], args: Any, kwargs: dict[str, Any]) -> dict[str, _Visit]:
     """One forward of the model, which records each block's graph from its own hidden states; nothing else has one."""
     inputs: dict[str, Tensor] = {}
     visits: dict[str, _Visit] = {}
 
-    def enter(
-        name: str, block: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
-    ) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    def enter(name: str, block: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
         given: dict[Any, Any] = {**dict(enumerate(args)), **kwargs}
         key = next((k for k, v in given.items() if isinstance(v, Tensor) and v.is_floating_point()), None)
         if key is None:
@@ -296,17 +287,13 @@ def _run(
         shapes = {x.shape for x in inputs.values()}
         if not isinstance(y, Tensor) or {y.shape} != shapes:
             got = tuple(y.shape) if isinstance(y, Tensor) else type(y).__name__
-            raise ValueError(
-                f"blocks must map hidden states to ones of the same shape, got {name} from "
-                f"{tuple(inputs[name].shape)} to {got}"
-            )
+            change = f"{name} from {tuple(inputs[name].shape)} to {got}"
+            raise ValueError(f"blocks must map hidden states to ones of the same shape, got {change}")
         visits[name] = _Visit(inputs[name], y)
 
     with ExitStack() as stack:
         for name, block in blocks.items():
-            # As keyword arguments are wanted, the pre-hook's signature is another.
-            before = block.register_forward_pre_hook(partial(enter, name), with_kwargs=True)
-            stack.callback(before.remove)
+            stack.callback(block.register_forward_pre_hook(partial(enter, name), with_kwargs=True).remove)
             stack.callback(block.register_forward_hook(partial(leave, name)).remove)
         model(*args, **kwargs)
     if missing := blocks.keys() - visits.keys():
@@ -317,7 +304,6 @@ def _run(
 @contextmanager
 def _undisturbed(model: nn.Module) -> Iterator[None]:
     """Evaluation mode, plain eager arithmetic without gradients, and all put back afterwards."""
-    modes = {module: module.training for module in model.modules()}
     cuda = {p.device.index for p in model.parameters() if p.is_cuda}
     with ExitStack() as stack:
         for kind in {p.device.type for p in model.parameters()}:
@@ -327,13 +313,10 @@ def _undisturbed(model: nn.Module) -> Iterator[None]:
         stack.enter_context(sdpa_kernel(SDPBackend.MATH))  # the only one that is twice differentiable
         stack.enter_context(torch.inference_mode(False))
         stack.enter_context(torch.no_grad())
-        try:
-            for module in modes:
-                module.training = False  # train() may do more, such as merge the weights of an adapter
-            yield
-        finally:
-            for module, mode in modes.items():
-                module.training = mode
+        for module in model.modules():
+            stack.callback(setattr, module, "training", module.training)
+            module.training = False  # train() may do more, such as merge the weights of an adapter
+        yield
 
 
 # --- uncompiled ---------------------------------------------------------------------------------------------------
@@ -346,8 +329,7 @@ _inside = 0
 def uncompiled() -> Iterator[None]:
     """Compiled code runs uncompiled within, so that forward hooks are called; no graph is compiled anew.
 
-    `torch.compiler.set_stance` puts back what it found, so two that overlap must end in reverse order. These may end in
-    any order, as hooks do which are armed and disarmed one by one.
+    Unlike those of `torch.compiler.set_stance`, two that overlap may end in any order.
     """
     global _inside
     if not _inside:
@@ -372,16 +354,14 @@ def _find_blocks(model: nn.Module, globs: Sequence[str] | None) -> dict[str, nn.
     if globs is None:
         if len(stacks) != 1:
             found = f"several lists of them, {stacks}" if stacks else "a model without a list of them"
-            raise ValueError(
-                f"blocks must be names or globs of modules, such as 'model.layers.*', got None and {found}"
-            )
+            rule = "blocks must be names or globs of modules, such as 'model.layers.*'"
+            raise ValueError(f"{rule}, got None and {found}")
         globs = stacks
     for glob in globs:
         if not any(fnmatchcase(name, glob) for name in modules):
-            raise ValueError(
-                f"blocks must match modules of the model, got {glob!r}; lists of blocks are {stacks or 'none'}, "
-                f"its children {[name for name, _ in model.named_children()]}"
-            )
+            children = [name for name, _ in model.named_children()]
+            near = f"lists of blocks are {stacks or 'none'}, its children {children}"
+            raise ValueError(f"blocks must match modules of the model, got {glob!r}; {near}")
     chosen: dict[str, nn.Module] = {}
     for name in _outermost([name for name in modules if any(fnmatchcase(name, glob) for glob in globs)]):
         module = modules[name]
@@ -404,7 +384,7 @@ def _innermost_around(model: nn.Module, blocks: Iterable[nn.Module]) -> nn.Modul
 def _first(batch: int | None, count: int, value: Any) -> Any:
     """The first `count` sequences of a tensor whose leading dimension is the batch; all of any other value.
 
-    What autocast has rounded becomes float32 again, for a measurement computes without autocast.
+    What autocast has rounded becomes float32 again, as a measurement computes.
     """
     if not isinstance(value, Tensor):
         return value
