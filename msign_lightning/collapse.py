@@ -20,14 +20,9 @@ _STABLE_RANK_MARGIN = 1.02  # power iteration overstates the stable rank by up t
 
 
 class Alarm(NamedTuple):
-    """One sign of a collapse.
+    """One sign of a collapse, on "loss", "grad_norm" or a matrix; see `CollapseDetector`.
 
-    Attributes:
-        kind: Which one; see `CollapseDetector`.
-        step: The step of the update that raised it.
-        name: "loss", "grad_norm", or the name of a matrix.
-        value: The value that raised it.
-        threshold: What the value crossed; infinity where it was not finite.
+    `threshold` is what the value crossed; infinity where it was not finite.
     """
 
     kind: AlarmKind
@@ -49,15 +44,12 @@ class CollapseDetector:
     - "sign_diversity": that of a matrix is below `sign_diversity`.
 
     The last two are raised, for each such matrix, only when at least `share` of the matrices of the update are low: in
-    healthy runs some matrices always are.
+    healthy runs some matrices always are. Zero matrices and masked (NaN) sign diversities don't count.
 
     An alarm clears when the value is finite again; when at most half of the loss's excess is left; when the stable rank
-    is above 1.1 times its threshold; when the sign diversity is above twice its own.
+    is above 1.1 times its threshold; when the sign diversity is above twice its own. A threshold of None turns it off.
 
-    A loss is compared with those before it, non-finite ones left out, as soon as a tenth of the window is filled, for
-    "stall" all of it. Zero matrices and masked (NaN) sign diversities raise nothing, and don't count for the share.
-
-    A threshold of None turns its alarm off.
+    A loss is compared with the finite ones before it, once a tenth of the window is filled, for "stall" all of it.
 
     Args:
         spike: Nats above the rolling median; 0.1 is usual for batches of millions of tokens, which scatter little.
@@ -82,10 +74,8 @@ class CollapseDetector:
         sign_diversity: float | None = None,
         share: float = 0.5,
     ) -> None:
-        _check_threshold("spike", spike)
-        _check_threshold("z_score", z_score)
-        _check_threshold("stall", stall)
-        _check_threshold("stable_rank", stable_rank)
+        for name, value in (("spike", spike), ("z_score", z_score), ("stall", stall), ("stable_rank", stable_rank)):
+            _check_threshold(name, value)
         _check_threshold("sign_diversity", sign_diversity, at_most=0.5)
         if isinstance(share, bool) or not isinstance(share, (int, float)) or not 0 < share <= 1:
             raise ValueError(f"share must be above 0 and at most 1, got {share!r}")
@@ -116,11 +106,11 @@ class CollapseDetector:
             step: Number of the optimizer step, for the alarms.
             loss: The training loss.
             grad_norm: The norm of all gradients, before clipping.
-            stable_ranks: Stable ranks by the name of the matrix.
-            sign_diversity: Sign diversities by the name of the matrix.
+            stable_ranks: By the name of the matrix.
+            sign_diversity: Likewise.
 
         Returns:
-            The alarms that are new.
+            The new alarms.
         """
         ranks = stable_ranks or {}
         alarms: list[Alarm] = []
@@ -139,17 +129,10 @@ class CollapseDetector:
         return alarms
 
     def _check_matrices(
-        self,
-        kind: Literal["stable_rank", "sign_diversity"],
-        step: int,
-        values: Mapping[str, float],
-        low: float,
-        clear: float,
+        self, kind: AlarmKind, step: int, values: Mapping[str, float], low: float, clear: float
     ) -> list[Alarm]:
         # A stable rank of zero is a zero matrix; a sign diversity of zero is the lowest there is.
-        sound = {
-            name: value for name, value in values.items() if value > 0 or (value == 0 and kind == "sign_diversity")
-        }
+        sound = {name: v for name, v in values.items() if v > 0 or (v == 0 and kind == "sign_diversity")}
         are_many = sum(value < low for value in sound.values()) >= self.share * len(sound)
         alarms: list[Alarm] = []
         for name, value in sound.items():
