@@ -35,6 +35,7 @@ __all__ = ["Alignment", "MatrixAlignment", "SpectralAlignment"]
 # Cosines are counted between these edges, finest around zero, where those of healthy layers lie (std 1/√n).
 _BINS = 128
 _EDGES = tuple((2 * i / _BINS - 1) ** 3 for i in range(_BINS + 1))
+_GAP = 0.05  # v₁ counts as undefined unless σ₂ < (1 − gap) σ₁
 _MAX_COSINES = 2**24  # 64 MB in fp32: so many are kept before they are counted
 
 
@@ -125,8 +126,8 @@ class SpectralAlignment:
 
     For y = W x with W = U S V^T of shape (out, in), each token x gives :math:`v_1^\top x / \|x\|` (arXiv 2510.04202).
     In a healthy layer both signs occur; nearly all tokens on one side warn of a collapse. Q, K and V of a fused layer
-    have a v₁ each. Where the spectrum has no gap at the top, as after an application of MSign, v₁ is arbitrary and the
-    matrix is masked.
+    have a v₁ each. Where σ₂ is above 0.95 σ₁, as after an application of MSign, v₁ is arbitrary and the matrix is
+    masked.
 
     Hooks exist only while armed, count only in training mode, leave inputs and outputs alone, and ignore what
     activation checkpointing runs again in the backward pass, so arming may last as long as the step. A compiled model
@@ -139,16 +140,12 @@ class SpectralAlignment:
         model: The model, as it is trained.
         targets: What `select_targets` gave. Only weights of linear layers (`nn.Linear`, and `Conv1D` of Hugging Face)
             that are whole or cut by outputs are taken.
-        gap: v₁ counts as undefined unless σ₂ < (1 − gap) σ₁.
 
     Raises:
-        ValueError: `gap` is out of its range, or no target is a weight of a linear layer.
+        ValueError: No target is a weight of a linear layer.
     """
 
-    def __init__(self, model: nn.Module, targets: Sequence[Target], *, gap: float = 0.05) -> None:
-        if not 0 < gap < 1:
-            raise ValueError(f"gap must be between 0 and 1, got {gap!r}")
-        self.gap = gap
+    def __init__(self, model: nn.Module, targets: Sequence[Target]) -> None:
         owners = _linear_owners(model)
         self.targets = [t for t in targets if t.parameter in owners and _sees_whole_inputs(t, owners[t.parameter][0])]
         if not self.targets:
@@ -190,7 +187,7 @@ class SpectralAlignment:
             raise ValueError(f"spectrum must hold every target of the alignment, got none of {missing[0]}")
         self.disarm()
         order = [index_of[target.name] for target in self.targets]
-        self._defined = spectrum.has_gap(self.gap)[order]
+        self._defined = spectrum.has_gap(_GAP)[order]
         self._cosines, self._uncounted, self._counts = [], 0, {}
         with ExitStack() as stack:
             for layer in self._layers:

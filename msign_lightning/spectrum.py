@@ -5,7 +5,6 @@ Before a collapse the stable rank of weights falls (arXiv 2602.01734).
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
@@ -112,12 +111,10 @@ class SpectrumMonitor:
 
     Args:
         targets: The matrices, as `select_targets` chooses them from the model as it is trained: cast, wrapped, sharded.
-        exact: Whether to take a float64 SVD instead, for small models and for reference.
     """
 
-    def __init__(self, targets: Sequence[Target], *, exact: bool = False) -> None:
+    def __init__(self, targets: Sequence[Target]) -> None:
         self.targets = list(targets)
-        self.exact = exact
         self._measurements = 0
         self._right: dict[str, Tensor] = {}  # of each target, (count, n, 2)
 
@@ -130,7 +127,7 @@ class SpectrumMonitor:
         vectors: list[tuple[Tensor, Tensor]] = []
         for batch in batches(self.targets):
             X = batch.read()
-            U, S, V = _triplets_by_svd(X) if self.exact else self._top_by_power(batch, X)
+            U, S, V = self._triplets(batch, X)
             first, second = nn.functional.pad(S, (0, 1))[:, :2].unbind(1)  # a single row or column has no second
             names += batch.names
             groups += batch.groups
@@ -140,7 +137,7 @@ class SpectrumMonitor:
         ranks, firsts, seconds = torch.cat([part.to(values[0].device) for part in values], dim=1)
         return Spectrum(tuple(names), tuple(groups), ranks, firsts, seconds, tuple(vectors))
 
-    def _top_by_power(self, batch: Batch, X: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    def _triplets(self, batch: Batch, X: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Top two (or the only) singular triplets of the matrices X (B, m, n) of a batch."""
         warm = all(target.name in self._right for target in batch.targets)
         U, S, V = top_singular_triplets(
@@ -163,14 +160,6 @@ class SpectrumMonitor:
         shapes = {t.name: (t.count, t.shape[1], min(2, *t.shape)) for t in self.targets}
         self._measurements = state_dict["measurements"]
         self._right = {name: V for name, V in state_dict["vectors"].items() if V.shape == shapes.get(name)}
-
-
-def _triplets_by_svd(X: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """All singular triplets of X (b, m, n), the values NaN where it is not finite."""
-    finite = X.isfinite().flatten(1).all(1)
-    U, S, Vh = torch.linalg.svd(torch.where(finite.view(-1, 1, 1), X.double(), 0.0), full_matrices=False)
-    S = torch.where(finite.unsqueeze(-1), S, math.nan)
-    return U.to(X.dtype), S.to(X.dtype), Vh.mT.to(X.dtype)
 
 
 def _stable_ranks(X: Tensor, norms: Tensor) -> Tensor:
