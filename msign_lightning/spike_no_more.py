@@ -163,8 +163,8 @@ def add_shortcut_(
 
     "scaled_embed" multiplies them by √d: with weights of N(0, 2/(5d)) their standard deviation becomes √(2/5).
     "embed_ln" puts a new `LayerNorm` on them, whose parameters are called `<embedding>.norm.weight` and `.bias`.
-    It is a forward hook on the token embedding, so neither its weight, hence a tied head, nor a learned position
-    added afterwards is scaled.
+    It is a forward hook on the token embedding, which leaves its weight, hence a tied head, the names in the state dict
+    and a learned position that is added afterwards alone.
 
     The hook is no part of a state dict: whoever loads such weights into a new model must call this on it too.
 
