@@ -57,7 +57,7 @@ class MSignCallback(RestorationShell, Callback):
         """Lets go of the optimizers and of the model; the count stays, for another fit."""
         self._stop()
 
-    on_exception = on_fit_end  # after an exception no other hook of the end is called
+    on_exception = on_fit_end  # no other hook of the end is called
 
     def state_dict(self) -> dict[str, Any]:
         """The number of completed optimizer steps, per optimizer."""
@@ -111,7 +111,6 @@ class StabilityMonitor(MonitorShell, Callback):
         rank_zero_info(self._start(pl_module, optimizers[0], steps, _sink(trainer)))
 
     def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
-        """Measures the weights, if that is due, and prepares to measure the forward passes."""
         self._begin_batch()
 
     def on_before_optimizer_step(self, trainer: Trainer, pl_module: LightningModule, optimizer: Optimizer) -> None:
@@ -136,12 +135,10 @@ class StabilityMonitor(MonitorShell, Callback):
         self._end_batch(mean)
 
     def on_fit_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Reads the last losses and lets go of model and optimizer."""
         self._finish()
 
     def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
-        """Lets go likewise: after an exception no other hook of the end is called."""
-        self._stop()
+        self._stop()  # no other hook of the end is called
 
     def state_dict(self) -> dict[str, Any]:
         """What exact resumption needs: steps counted, active alarms, recent losses, and two vectors per matrix."""
@@ -165,9 +162,8 @@ class SpikeNoMoreCallback(SpikeNoMoreSettings, Callback):
     It happens in `setup`: before a checkpoint (`ckpt_path`) is loaded, whose weights hence stay, before the optimizers
     are made and before the model is sharded. The shortcut is no part of a checkpoint, so every trainer that loads or
     evaluates one needs this callback too. A model that holds trained weights when it is given to the trainer needs
-    `init=False`. A resumed run draws from the generator as many numbers as a new one.
-
-    A model that is built in `configure_model` does not exist in time: call `spike_no_more_` at the end of that hook.
+    `init=False`. A resumed run draws from the generator as many numbers as a new one. A model that is built in
+    `configure_model` does not exist in time: call `spike_no_more_` at the end of that hook.
 
     Example::
 
@@ -179,7 +175,6 @@ class SpikeNoMoreCallback(SpikeNoMoreSettings, Callback):
     """
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
-        """Prepares the model."""
         callbacks: list[Callback] = cast(Any, trainer).callbacks
         for callback in callbacks[: callbacks.index(self)]:
             if isinstance(callback, (WeightAveraging, StochasticWeightAveraging)):

@@ -36,29 +36,22 @@ class CollapseDetector:
     """Turns what is measured into alarms, each raised once and again only after it has cleared.
 
     - "non_finite": a loss, gradient norm or stable rank is NaN or infinite.
-    - "loss_spike": the loss is more than `spike` above the median of the last 201.
+    - "loss_spike": the loss is more than `spike` nats above the median of the last 201. For batches of millions of
+      tokens, which scatter little, 0.1 is usual.
     - "loss_outlier": the loss is more than `z_score` standard deviations above the mean of the last 1000 (OLMo 2, arXiv
       2501.00656).
-    - "stall": the median of the last 201 losses is more than `stall` above its own lowest value so far.
+    - "stall": the median of the last 201 losses is more than `stall` nats above its own lowest value so far.
     - "stable_rank": that of a matrix is below 1.02 `stable_rank`, since estimates are up to 2 % high.
-    - "sign_diversity": that of a matrix is below `sign_diversity`.
+    - "sign_diversity": that of a matrix is below `sign_diversity`, at most ½. It is off by default, for in the runs of
+      benchmarks/early_warning.py it warned of healthy training, too.
 
-    The last two are raised, for each such matrix, only when at least `share` of the matrices of the update are low: in
-    healthy runs some matrices always are. Zero matrices and masked (NaN) sign diversities don't count.
+    The last two are raised, for each such matrix, only when at least `share`, above 0 and at most 1, of the matrices of
+    the update are low: in healthy runs some always are. Zero matrices and masked (NaN) sign diversities don't count.
 
     An alarm clears when the value is finite again; when at most half of the loss's excess is left; when the stable rank
     is above 1.1 times its threshold; when the sign diversity is above twice its own. A threshold of None turns it off.
 
     A loss is compared with the finite ones before it, once a tenth of the window is filled, for "stall" all of it.
-
-    Args:
-        spike: Nats above the rolling median; 0.1 is usual for batches of millions of tokens, which scatter little.
-        z_score: Standard deviations above the rolling mean.
-        stall: Nats by which the smoothed loss may exceed its best.
-        stable_rank: Lowest healthy stable rank.
-        sign_diversity: Lowest healthy sign diversity, between 0 and ½; off by default, for in the runs of
-            benchmarks/early_warning.py it warned of healthy training, too.
-        share: Share of the matrices that must be low at once, above 0 and at most 1.
 
     Raises:
         ValueError: A threshold is out of its range.
@@ -102,12 +95,7 @@ class CollapseDetector:
     ) -> list[Alarm]:
         """Takes in what was measured at a step; what was not measured changes nothing.
 
-        Args:
-            step: Number of the optimizer step, for the alarms.
-            loss: The training loss.
-            grad_norm: The norm of all gradients, before clipping.
-            stable_ranks: By the name of the matrix.
-            sign_diversity: Likewise.
+        `grad_norm` is that of all gradients, before clipping; the last two are by the name of the matrix.
 
         Returns:
             The new alarms.

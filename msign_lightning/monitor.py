@@ -171,10 +171,7 @@ class Monitor:
         return self._read(due)
 
     def close(self) -> Reading | None:
-        """Ends a measurement that has begun and reads the last losses; None if there are none.
-
-        Nothing is restored: whoever closes may have saved the weights already.
-        """
+        """Reads the last losses, None if there are none. It restores nothing: weights may have been saved by now."""
         self.disarm()
         self._due, self._spectrum = None, None
         return self._read(frozenset(), restore=False) if self._pending else None
