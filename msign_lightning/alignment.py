@@ -249,10 +249,9 @@ def _linear_owners(model: nn.Module) -> dict[nn.Parameter, list[nn.Module]]:
     for module in model.modules():
         # nn.MultiheadAttention reads the weight of its output layer, and never calls the layer.
         is_called = not isinstance(module, NonDynamicallyQuantizableLinear)
-        if (isinstance(module, nn.Linear) or _is_conv1d(module)) and is_called:
-            weight = getattr(module, "weight", None)
-            if isinstance(weight, nn.Parameter):
-                owners.setdefault(weight, []).append(module)
+        is_linear = is_called and (isinstance(module, nn.Linear) or _is_conv1d(module))
+        if is_linear and isinstance(weight := getattr(module, "weight", None), nn.Parameter):
+            owners.setdefault(weight, []).append(module)
     return owners
 
 
