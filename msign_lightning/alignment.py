@@ -113,14 +113,6 @@ def _describe(name: str, group: Group, counts: Sequence[int], total: float, defi
     return MatrixAlignment(name, group, tokens, 2 * min(negative, 1 - negative), total / tokens)
 
 
-class _Layer(NamedTuple):
-    """A linear layer with the rows of the result that its targets have, several where it is fused."""
-
-    module: nn.Module
-    rows: list[int]
-    side: int  # which of (u, v) takes the inputs: the weight of `Conv1D` is (in, out)
-
-
 class SpectralAlignment:
     r"""Cosines between the inputs of linear layers and the top right singular vectors of their weights.
 
@@ -153,8 +145,10 @@ class SpectralAlignment:
                 "targets must choose at least one weight of a linear layer (nn.Linear or Conv1D), "
                 f"got {', '.join(t.name for t in targets[:3])}"
             )
+        # Layers with the rows of the result that their targets have, several where one is fused, and which of (u, v)
+        # takes the inputs: the weight of `Conv1D` is (in, out).
         self._layers = [
-            _Layer(module, [i for i, t in enumerate(self.targets) if t.parameter is parameter], 1 - _is_conv1d(module))
+            (module, [i for i, t in enumerate(self.targets) if t.parameter is parameter], 1 - _is_conv1d(module))
             for parameter in dict.fromkeys(t.parameter for t in self.targets)
             for module in owners[parameter]
         ]
@@ -190,10 +184,10 @@ class SpectralAlignment:
         self._defined = spectrum.has_gap(_GAP)[order]
         self._cosines, self._uncounted, self._counts = [], 0, {}
         with ExitStack() as stack:
-            for layer in self._layers:
-                vectors = torch.stack([spectrum.vectors[order[row]][layer.side] for row in layer.rows])
-                hook = partial(self._hook, layer.rows, vectors)
-                stack.callback(layer.module.register_forward_pre_hook(hook, with_kwargs=True).remove)
+            for layer, rows, side in self._layers:
+                vectors = torch.stack([spectrum.vectors[order[row]][side] for row in rows])
+                hook = partial(self._hook, rows, vectors)
+                stack.callback(layer.register_forward_pre_hook(hook, with_kwargs=True).remove)
             stack.enter_context(uncompiled())
             self._armed = stack.pop_all()
 
