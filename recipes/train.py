@@ -18,6 +18,7 @@ import lightning.pytorch as pl
 import torch
 from jsonargparse import ActionConfigFile, Namespace  # type: ignore[attr-defined]
 from lightning.pytorch.cli import ArgsType, LightningArgumentParser, LightningCLI
+from lightning.pytorch.strategies import ModelParallelStrategy, StrategyRegistry
 
 from msign_lightning import MSignCallback
 from msign_lightning.recipes import recipe_file, recipe_names
@@ -25,6 +26,9 @@ from msign_lightning.recipes.data import TextDataModule
 from msign_lightning.recipes.module import LanguageModel
 from msign_lightning.recipes.transformer import Transformer, TransformerConfig
 from msign_lightning.settings import RestorationSettings
+
+# Lightning has no name for the strategy that shards block by block, which `LanguageModel.configure_model` does.
+StrategyRegistry.register("fsdp2", ModelParallelStrategy, override=True)
 
 
 class RecipeAction(ActionConfigFile):
@@ -118,7 +122,7 @@ def _check_memory(config: Namespace) -> None:
     if 16 * count > memory:
         raise ValueError(
             f"{count / 1e9:.2f}G parameters need {16 * count / 2**30:.0f} GiB with gradients and AdamW's state, got "
-            f"{memory / 2**30:.0f} GiB of {device} memory: shard them with --trainer.strategy=fsdp on several devices"
+            f"{memory / 2**30:.0f} GiB of {device} memory: shard them with --trainer.strategy=fsdp2 on several devices"
         )
 
 

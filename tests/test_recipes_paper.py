@@ -154,13 +154,10 @@ def test_a_compiled_recipe_trains(tmp_path, monkeypatch):
         torch.testing.assert_close(compiled.get_parameter(name), parameter, rtol=1e-3, atol=1e-5)
 
 
-FSDP2 = '{"class_path": "lightning.pytorch.strategies.ModelParallelStrategy"}'
-
-
 def _fit_on_rank(rank):
     losses = {}
     for name in PAPER:
-        model, record = fit(name, "--trainer.devices=2", "--msign.stop=4", f"--trainer.strategy={FSDP2}")
+        model, record = fit(name, "--trainer.devices=2", "--msign.stop=4", "--trainer.strategy=fsdp2")
         assert all(isinstance(parameter, DTensor) for parameter in model.transformer.blocks.parameters())
         assert_restored(model)
         losses[name] = record.losses
