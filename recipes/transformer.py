@@ -15,9 +15,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from msign_lightning.recipes.low_precision import BFloat16Attention
+
 Norm = Literal["layernorm", "rmsnorm", "none"]
 Activation = Literal["gelu", "gelu_tanh", "swiglu"]
 Positions = Literal["none", "rope"]
+AttentionForm = Literal["exact", "bf16_biased", "bf16_stable"]
 
 NORM_EPS = 1e-5
 
@@ -37,6 +40,8 @@ class TransformerConfig:
         activation: GELU, exact or by tanh, or SwiGLU (a SiLU gate; arXiv 2002.05202, Eq. 6).
         positions: None, or rotary embeddings (arXiv 2104.09864).
         rope_base: Base of the rotary wavelengths.
+        attention: How scores become outputs: "exact" by PyTorch's kernels, or in bfloat16 throughout, in the biased or
+            in the stable form of arXiv 2510.04212 (`BFloat16Attention`).
         qk_norm: RMS norm of each query and key head (arXiv 2302.05442).
         latent_width: Width C of the latent from which every second block makes its keys and values (`LatentAttention`);
             None for none.
@@ -64,6 +69,7 @@ class TransformerConfig:
     activation: Activation = "gelu"
     positions: Positions = "none"
     rope_base: float = 10_000.0
+    attention: AttentionForm = "exact"
     qk_norm: bool = False
     latent_width: int | None = None
     n_experts: int | None = None
@@ -82,7 +88,12 @@ class TransformerConfig:
             may_be_none = name in ("latent_width", "n_experts")
             if not (value is None and may_be_none) and (not isinstance(value, int) or value < 1):
                 raise ValueError(f"{name} must be a positive integer, got {value}")
-        for name, allowed in (("norm", Norm), ("activation", Activation), ("positions", Positions)):
+        for name, allowed in (
+            ("norm", Norm),
+            ("activation", Activation),
+            ("positions", Positions),
+            ("attention", AttentionForm),
+        ):
             if getattr(self, name) not in get_args(allowed):
                 raise ValueError(f"{name} must be one of {get_args(allowed)}, got {getattr(self, name)!r}")
         for name in ("init_std", "embedding_std", "embedding_scale", "rope_base"):
@@ -151,6 +162,16 @@ def rotate(x_BNTH: Tensor, angles_TR: Tensor) -> Tensor:
     return torch.cat((a_BNTR * cos - b_BNTR * sin, b_BNTR * cos + a_BNTR * sin), dim=-1).type_as(x_BNTH)
 
 
+def _attend(config: TransformerConfig, q_BNTH: Tensor, k_BKTH: Tensor, v_BKTH: Tensor) -> Tensor:
+    """Causal attention of N query heads to K key and value heads, of shape (B, N, T, H)."""
+    group = q_BNTH.shape[1] // k_BKTH.shape[1]
+    if config.attention == "exact":
+        return F.scaled_dot_product_attention(q_BNTH, k_BKTH, v_BKTH, is_causal=True, enable_gqa=group > 1)
+    k_BNTH, v_BNTH = (x.repeat_interleave(group, dim=1) for x in (k_BKTH, v_BKTH))
+    y_BNTH: Tensor = BFloat16Attention.apply(q_BNTH, k_BNTH, v_BNTH, config.attention == "bf16_stable")
+    return y_BNTH
+
+
 class Attention(nn.Module):
     """Causal multi-head attention with grouped key and value heads; W_Q, W_K, W_V and W_O are matrices of their own."""
 
@@ -172,8 +193,7 @@ class Attention(nn.Module):
         v_BKTH = self.v_proj(x_BTD).view(shape).transpose(1, 2)
         if angles_TR is not None:
             q_BNTH, k_BKTH = rotate(q_BNTH, angles_TR), rotate(k_BKTH, angles_TR)
-        grouped = self.config.kv_heads != self.config.n_heads
-        y_BNTH = F.scaled_dot_product_attention(q_BNTH, k_BKTH, v_BKTH, is_causal=True, enable_gqa=grouped)
+        y_BNTH = _attend(self.config, q_BNTH, k_BKTH, v_BKTH)
         y_BTD: Tensor = self.o_proj(y_BNTH.transpose(1, 2).flatten(2))
         return y_BTD
 
@@ -203,7 +223,7 @@ class LatentAttention(nn.Module):
         q_BNTH = self.q_norm(self.q_proj(x_BTD).view(shape)).transpose(1, 2)
         k_BNTH = self.k_norm(self.k_proj(c_BTC).view(shape)).transpose(1, 2)
         v_BNTH = self.v_proj(c_BTC).view(shape).transpose(1, 2)
-        y_BNTH = F.scaled_dot_product_attention(q_BNTH, k_BNTH, v_BNTH, is_causal=True)
+        y_BNTH = _attend(self.config, q_BNTH, k_BNTH, v_BNTH)
         y_BTD: Tensor = self.o_proj(y_BNTH.transpose(1, 2).flatten(2))
         return y_BTD
 

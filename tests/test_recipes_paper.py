@@ -9,6 +9,7 @@ import lightning.pytorch as pl
 import numpy as np
 import pytest
 import torch
+import torch.nn.functional as F
 import yaml
 from support import assert_same, on_two_ranks, weights
 from torch.distributed.tensor import DTensor
@@ -16,6 +17,7 @@ from torch.distributed.tensor import DTensor
 from msign_lightning import stable_rank
 from msign_lightning.recipes import module, recipe_file, train
 from msign_lightning.recipes.data import TextDataModule, TokenStream
+from msign_lightning.recipes.low_precision import BFloat16Attention
 from msign_lightning.recipes.module import LanguageModel
 from msign_lightning.recipes.train import load_recipe
 from msign_lightning.recipes.transformer import Transformer, TransformerConfig
@@ -311,3 +313,42 @@ def test_an_empty_stream(tmp_path):
     )
     with pytest.raises(ValueError, match="the stream must hold tokens, got none"):
         stream.take(1)
+
+
+# --- attention in bfloat16 ----------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("stable", [False, True])
+def test_attention_in_bfloat16_is_attention(stable):
+    torch.manual_seed(0)
+    exact = [torch.randn(2, 3, 9, 8, requires_grad=True) for _ in range(3)]
+    rounded = [x.detach().requires_grad_() for x in exact]
+    outputs = F.scaled_dot_product_attention(*exact, is_causal=True), BFloat16Attention.apply(*rounded, stable)
+    torch.testing.assert_close(*outputs, rtol=0, atol=0.03)
+    for output in outputs:
+        output.square().sum().backward()
+    for a, b in zip(exact, rounded, strict=True):
+        assert (a.grad - b.grad).norm() < 0.02 * a.grad.norm()
+
+
+def test_the_stable_form_differs_only_where_the_largest_score_of_a_row_is_tied():
+    torch.manual_seed(0)
+    q, k, v = torch.randn(3, 1, 64, 8).bfloat16()
+    k[:, 40] = k[:, 39] = 4 * q[:, 50]  # two keys that query 50 and some others like most
+    scores = (q @ k.mT).masked_fill(torch.ones(64, 64, dtype=torch.bool).triu(1), -torch.inf)
+    top = scores.topk(2).values[0]
+    tied = (top[:, 0] == top[:, 1]) & (top[:, 1] > -torch.inf)
+    assert 0 < tied.sum() < 64
+    biased, stable = (BFloat16Attention.apply(q, k, v, form)[0] for form in (False, True))
+    differs = (biased != stable).any(-1)
+    assert differs[tied].any()
+    assert not differs[~tied].any()
+    torch.testing.assert_close(biased, stable, rtol=0, atol=0.03)
+
+
+@pytest.mark.parametrize("form", ["bf16_biased", "bf16_stable"])
+def test_gpt2_in_bfloat16_trains(form, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    model, record = fit("gpt2_bf16", f"--model.config.attention={form}", "--msign.stop=4")
+    assert np.isfinite(record.losses).all()
+    assert_restored(model)
