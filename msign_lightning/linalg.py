@@ -50,9 +50,7 @@ _ARITHMETIC = {
     "polynomial_bf16": _Arithmetic(floor=1e-5, safety=1e-2, polish=1),
 }
 _TF32_MIN_SIDE = 256  # smaller products are bound by kernel launches, so full precision is free
-_CAP_TRIPLETS = 16
-_CAP_ITERATIONS = 12
-_CAP_TOLERANCE = 1e-3
+_CAP_TRIPLETS, _CAP_ITERATIONS, _CAP_TOLERANCE = 16, 12, 1e-3
 _FRESH_NOISE = 0.1
 # PyTorch 2.9 and newer; whoever sets precisions by it makes the getter of the older one raise.
 _NEW_PRECISION_API = hasattr(torch.backends.cuda.matmul, "fp32_precision")
@@ -184,10 +182,7 @@ def check_options(*, rule: Rule = "msign", method: Method = "auto", rtol: float 
 
 
 def default_rtol(dtype: torch.dtype) -> float:
-    """Relative size below which singular values of weights stored in `dtype` count as zero.
-
-    It is 1e-13 for float64, 5e-7 for float32, 2^-13 for float16 and 2^-10 for bfloat16.
-    """
+    """`rtol` for weights stored in `dtype`: 1e-13 in float64, 5e-7 in float32, 2^-13 in float16, 2^-10 in bfloat16."""
     if dtype not in _RTOL:
         raise ValueError(f"dtype must be float16, bfloat16, float32 or float64, got {dtype}")
     return _RTOL[dtype]
@@ -214,10 +209,7 @@ def stable_rank(W: Tensor) -> Tensor:
 
 
 def gaussian_stable_rank(m: int, n: int) -> float:
-    r"""Asymptotic stable rank :math:`mn / (\sqrt m + \sqrt n)^2` of an m × n matrix with independent Gaussian entries.
-
-    It is n/4 for square matrices.
-    """
+    r"""Asymptotic stable rank :math:`mn / (\sqrt m + \sqrt n)^2` of an m × n matrix of independent Gaussians."""
     if m < 1 or n < 1:
         raise ValueError(f"m and n must be positive, got {m} and {n}")
     return m * n / (math.sqrt(m) + math.sqrt(n)) ** 2
@@ -264,8 +256,7 @@ def top_singular_triplets(
     X = torch.where(finite, X / scale, 0.0)
     start = _noise(X, k, generator)
     if V is not None:
-        warm = V.reshape(-1, *V.shape[-2:]).to(X.dtype).nan_to_num(0.0, 0.0, 0.0)
-        start = warm + _FRESH_NOISE * start
+        start = V.reshape(start.shape).to(X.dtype).nan_to_num(0.0, 0.0, 0.0) + _FRESH_NOISE * start
     with _computing(X):
         U, S, V = _triplets(X, start, iterations)
     S = torch.where(finite, S.unsqueeze(-1) * scale, math.nan)
@@ -467,7 +458,6 @@ def _cap_by_triplets_(X: Tensor, rtol: float) -> RestoreReport:
     rest = _frobenius(W).square()[:, :, 0]
     tau = _cap_threshold(S, rest, limit)
     cut = S[:, :1] > tau  # never so where W was not finite, and is zero here
-
     # A wrong direction costs no more than its residual, and no more than what is cut from it.
     excess = (S - tau).clamp(min=0)
     error = torch.linalg.vector_norm(torch.minimum(residual, excess), dim=-1, keepdim=True)
@@ -486,7 +476,7 @@ def _cap_by_triplets_(X: Tensor, rtol: float) -> RestoreReport:
 
 
 def _triplets(X: Tensor, V: Tensor, iterations: int) -> tuple[Tensor, Tensor, Tensor]:
-    """Top singular triplets of finite X (b, m, n) from the start V (b, n, k); for k = 1, X need not be finite."""
+    """Top singular triplets of finite X (b, m, n) from the start V (b, n, k)."""
     V = _orthonormal(V)
     for _ in range(iterations):
         V = _orthonormal(X.mT @ _orthonormal(X @ V))
@@ -505,7 +495,6 @@ def _orthonormal(Y: Tensor) -> Tensor:
 
 def _noise(X: Tensor, k: int, generator: torch.Generator | None = None) -> Tensor:
     """Columns of norm about one, the same for every matrix, so that results don't depend on the grouping."""
-    if generator is None:
-        generator = torch.Generator(X.device).manual_seed(0)
+    generator = generator or torch.Generator(X.device).manual_seed(0)
     noise = torch.randn(X.size(-1), k, dtype=X.dtype, device=X.device, generator=generator)
     return (noise / math.sqrt(X.size(-1))).expand(X.size(0), -1, -1)
