@@ -1,0 +1,356 @@
+"""Who computes which matrix, how it gets there and back, and what all ranks agree on.
+
+Each matrix has one owner, which computes it for all. Ranks that hold copies get the same bits; ranks that hold shards
+send them to the owner and get theirs back. In each round every owner has at most one chunk in hand::
+
+    shards --collect--> owner --compute--> all learn what came of it --give back--> shards and copies
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from itertools import chain, product, zip_longest
+from typing import Any, NamedTuple
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.distributed import ProcessGroup
+from torch.nn.parallel import DistributedDataParallel
+
+from msign_lightning import matrices
+from msign_lightning.matrices import Batch, Job, Layout, are_finite, batches, jobs_of, layout_of, open_parameter
+from msign_lightning.targets import Target
+
+__all__ = ["Ranks", "Work", "plan"]
+
+Compute = Callable[[Batch], Tensor]
+"""Reads a batch, may write it, and returns a row of figures per matrix, of shape (B, width)."""
+
+
+class Work(NamedTuple):
+    """What a plan has to know of a job: `homes` are the ranks that may do it, all if empty."""
+
+    name: str
+    cost: int
+    homes: Sequence[int] = ()
+
+
+def plan(works: Sequence[Work], world: int) -> dict[str, int]:
+    """The rank that does each job: longest processing time first, to the rank with the least to do so far.
+
+    Jobs that some ranks have at home are dealt out before, among these. Ties go by name and by rank, so that all ranks
+    find the same plan.
+    """
+    loads, owners = [0] * world, {}
+    for work in sorted(works, key=lambda work: (not work.homes, -work.cost, work.name)):
+        owner = min(work.homes or range(world), key=loads.__getitem__)
+        owners[work.name] = owner
+        loads[owner] += work.cost
+    return owners
+
+
+class Ranks:
+    """The processes that train one model, as far as they hold parts or copies of the same parameters.
+
+    DTensors say so themselves. Plain parameters are copies only where `DistributedDataParallel` says so, or the caller
+    by `process_group`; else they are this rank's own, as in pipeline stages and local experts.
+
+    Args:
+        model: The model as it is trained, wrapped.
+        process_group: Of ranks that all hold copies of the plain parameters that no wrapper accounts for.
+    """
+
+    def __init__(self, model: nn.Module | None = None, process_group: ProcessGroup | None = None) -> None:
+        self._process_group = process_group
+        self._replicas: dict[Tensor, tuple[ProcessGroup, ...]] = {}
+        for module in () if model is None else model.modules():
+            if isinstance(module, DistributedDataParallel):
+                ignored = getattr(module, "parameters_to_ignore", ())
+                own = [p for name, p in module.module.named_parameters() if name not in ignored]
+                self._replicas |= dict.fromkeys(own, (module.process_group,))
+
+    def layout(self, parameter: Tensor) -> Layout:
+        """How a parameter lies on the ranks."""
+        default = () if self._process_group is None else (self._process_group,)
+        return layout_of(parameter, self._replicas.get(parameter, default))
+
+    def share(self, targets: Sequence[Target]) -> bool:
+        """Whether no target is this rank's own, so that figures of all are the same on each rank."""
+        return all(self.layout(target.parameter).groups for target in targets)
+
+    @torch.no_grad()
+    def each(
+        self,
+        targets: Sequence[Target],
+        compute: Compute,
+        *,
+        width: Callable[[Target], int],
+        names: Collection[str] | None = None,
+        writes: bool = True,
+    ) -> dict[str, Tensor | None]:
+        """Lets the owner of each matrix compute it; a collective of all ranks that share any of them.
+
+        Args:
+            targets: The matrices.
+            compute: What is done with a batch of them, in place.
+            width: How many figures `compute` returns for a matrix of this target.
+            names: Names of the matrices that are wanted; None for all.
+            writes: Whether `compute` changes matrices.
+
+        Returns:
+            The figures of each matrix, the same on every rank, those of one shape together; None for a matrix that is
+            not finite on some rank, which no rank then changes.
+
+        Raises:
+            ValueError: The ranks want different matrices, or hold them in different ways.
+            RuntimeError: `compute` has failed on some rank, which each rank then raises. What that rank had in hand
+                stays as it was.
+        """
+        found: dict[str, Tensor | None] = {}
+        by_grid: dict[tuple[str, ...], list[Job]] = {}
+        for job in sorted(jobs_of(targets, self.layout, names), key=lambda job: job.name):
+            by_grid.setdefault(job.layout.key, []).append(job)
+        for key, jobs in by_grid.items():
+            owners = _owners(jobs)
+            if key:
+                _check_agreement(jobs, owners)
+            for own in _rounds(jobs, owners):
+                exchange = _Exchange(own, owners, width, writes) if key else _alone
+                found |= exchange(own, compute)
+        alike: dict[object, list[str]] = {}
+        for target in targets:
+            alike.setdefault((target.shape, target.parameter.dtype, target.parameter.device), []).extend(
+                target.matrix_names
+            )
+        return {name: found[name] for name in chain.from_iterable(alike.values()) if name in found}
+
+
+def _alone(jobs: Sequence[Job], compute: Compute) -> dict[str, Tensor | None]:
+    """Of jobs that this rank has for itself."""
+    found: dict[str, Tensor | None] = {}
+    wholes = [job.part(open_parameter(job.parameter, job.layout)[0]) for job in jobs]
+    for batch in batches(jobs, wholes):
+        found |= zip(batch.names, compute(batch), strict=True)
+    return found
+
+
+class _Exchange:
+    """One round: the jobs that all owners have in hand, of one layout and dtype."""
+
+    def __init__(
+        self, jobs: Sequence[Job], owners: Mapping[str, int], width: Callable[[Target], int], writes: bool
+    ) -> None:
+        self.jobs, self.owners, self.writes = jobs, owners, writes
+        self.layout = layout = jobs[0].layout
+        self.copies = [i for i in range(len(layout.sizes)) if i != layout.sharded]  # dimensions of the grid
+        self.mine = [job for job in jobs if owners[job.name] == layout.rank]
+        self.crosses = layout.sharded is not None and any(job.home is None for job in jobs)
+        self.spans: dict[str, slice] = {}  # of each matrix in the table
+        start = 0
+        for job in jobs:
+            for target, name in zip(job.targets, job.names, strict=True):
+                self.spans[name] = slice(start, start := start + 2 + width(target))
+        self.starts, self.size = [span.start for span in self.spans.values()], start + 1
+
+    def __call__(self, jobs: Sequence[Job], compute: Compute) -> dict[str, Tensor | None]:
+        opened = {p: open_parameter(p, self.layout) for p in dict.fromkeys(job.parameter for job in self.jobs)}
+        parts = {job: job.part(opened[job.parameter][0]) for job in self.jobs}
+        wholes = self.collect(parts)
+        table, failure = self.compute(wholes, parts, compute)
+        flags = table[self.starts].tolist(), table[[start + 1 for start in self.starts]].tolist()
+        bad, written = (dict(zip(self.spans, column, strict=True)) for column in flags)
+        table = table.to(torch.promote_types(self.jobs[0].parameter.dtype, torch.float32))
+        found = {name: None if bad[name] else table[span][2:] for name, span in self.spans.items()}
+        chosen = {job: [bool(written[name]) and not bad[name] for name in job.names] for job in self.jobs}
+        if self.writes:
+            self.give_back(parts, wholes, chosen)
+            for _, put_back in opened.values():
+                put_back()
+        if table[-1].item():
+            failures = "; ".join(filter(None, _gather_objects(failure, self.layout)))
+            raise RuntimeError(f"not all matrices could be computed: {failures}")
+        return found
+
+    def _peers(self, place: Sequence[int]) -> list[list[Job]]:
+        """The jobs whose owners are beside this place along the sharded dimension, by owner."""
+        peers: list[list[Job]] = [[] for _ in range(self.layout.shards)]
+        for job in self.jobs:
+            owner = self.layout.place_of(self.owners[job.name])
+            if all(owner[i] == place[i] for i in self.copies):
+                peers[0 if self.layout.sharded is None else owner[self.layout.sharded]].append(job)
+        return peers
+
+    def collect(self, parts: Mapping[Job, Tensor]) -> dict[Job, Tensor]:
+        """Sends parts to their owners; the wholes of this rank's own jobs, as copies."""
+        layout, mine = self.layout, self.mine
+        if not self.crosses:
+            return {job: parts[job].to(layout.device, copy=True) for job in mine}
+        sent = [[parts[job].reshape(-1) for job in jobs] for jobs in self._peers(layout.place)]
+        received = [[_size(job, shard) for job in mine] for shard in range(layout.shards)]
+        flats = self._all_to_all(sent, received)
+        wholes = {}
+        for i, job in enumerate(mine):
+            shaped = [flats[shard][i].view(_shape(job, shard)) for shard in range(layout.shards)]
+            wholes[job] = torch.cat(shaped, dim=job.extent(layout.shard)[0])
+        return wholes
+
+    def compute(
+        self, wholes: Mapping[Job, Tensor], parts: Mapping[Job, Tensor], compute: Compute
+    ) -> tuple[Tensor, str]:
+        """Computes this rank's own jobs; a table of all, the same on each rank, and what went wrong on this one.
+
+        The table is flat: for each matrix the number of ranks on which it is not finite, whether it was changed, and
+        its figures; at the end, the number of ranks that failed.
+        """
+        rows: dict[str, Tensor] = {}
+        failure = ""
+        try:
+            for batch in batches(self.mine, [wholes[job] for job in self.mine]) if self.mine else ():
+                figures = compute(batch).double()
+                written = torch.zeros_like(figures[:, 0]) if batch.written is None else batch.written.double()
+                rows |= zip(batch.names, torch.cat([written.unsqueeze(1), figures], dim=1), strict=True)
+        except Exception as error:  # raised again by all ranks together
+            failure = f"rank {dist.get_rank()}: {type(error).__name__}: {error}"
+        table = torch.zeros(self.size, dtype=torch.float64, device=self.layout.device)
+        finite = chain(*are_finite(self.jobs, [parts[job] for job in self.jobs]))
+        table[self.starts] = torch.tensor([not each for each in finite], dtype=table.dtype).to(table.device)
+        for name, row in rows.items():
+            table[self.spans[name]][1:] = row
+        table[-1] = bool(failure)
+        for group in self.layout.groups:
+            dist.all_reduce(table, group=group)
+        return table, failure
+
+    def give_back(
+        self, parts: Mapping[Job, Tensor], wholes: Mapping[Job, Tensor], chosen: Mapping[Job, Sequence[bool]]
+    ) -> None:
+        """Sends the new parts of the chosen matrices to the ranks that hold them, and writes them there."""
+        layout = self.layout
+        new = dict(wholes)
+        if self.crosses:
+            sent = [[wholes[job].narrow(*job.extent(s)).reshape(-1) for job in self.mine] for s in range(layout.shards)]
+            peers = self._peers(layout.place)
+            flats = self._all_to_all(sent, [[parts[job].numel() for job in jobs] for jobs in peers])
+            new = dict(zip(chain(*peers), chain(*flats), strict=True))
+        for source in product(*(range(layout.sizes[i]) for i in self.copies)):
+            place = list(layout.place)
+            for i, at in zip(self.copies, source, strict=True):
+                place[i] = at
+            jobs = [job for job in chain(*self._peers(place)) if parts[job].numel()]
+            if not jobs:
+                continue
+            if place == list(layout.place):
+                flat = torch.cat([new[job].reshape(-1) for job in jobs]) if self.copies else None
+            else:
+                size = sum(parts[job].numel() for job in jobs)
+                flat = torch.empty(size, dtype=parts[jobs[0]].dtype, device=layout.device)
+            for n, i in reversed(list(enumerate(self.copies))):
+                if all(layout.place[j] == place[j] for j in self.copies[:n]):
+                    first = dist.get_global_rank(layout.groups[i], place[i])
+                    dist.broadcast(flat.view(torch.uint8), first, group=layout.groups[i])  # type: ignore[union-attr]
+            values = (
+                [new[job] for job in jobs] if flat is None else torch.split(flat, [parts[job].numel() for job in jobs])
+            )
+            for job, value in zip(jobs, values, strict=True):
+                job.write_(parts[job], value.view(parts[job].shape), chosen[job])
+
+    def _all_to_all(self, sent: Sequence[Sequence[Tensor]], received: Sequence[Sequence[int]]) -> list[list[Tensor]]:
+        """Flat tensors for each rank along the sharded dimension, for those from it, of these numbers of elements."""
+        layout = self.layout
+        dtype = self.jobs[0].parameter.dtype
+        flat = torch.cat([*chain(*sent)] or [torch.empty(0, dtype=dtype)]).to(layout.device)
+        result = torch.empty(sum(map(sum, received)), dtype=dtype, device=layout.device)
+        dist.all_to_all_single(
+            result.view(torch.uint8),
+            flat.view(torch.uint8),
+            [sum(sizes) * dtype.itemsize for sizes in received],
+            [sum(tensor.numel() for tensor in tensors) * dtype.itemsize for tensors in sent],
+            group=layout.groups[layout.sharded],  # type: ignore[index]
+        )
+        flats = iter(torch.split(result, list(chain(*received))))
+        return [[next(flats) for _ in sizes] for sizes in received]
+
+
+def _shape(job: Job, shard: int) -> tuple[int, int]:
+    axis, _, length = job.extent(shard)
+    return (length, job.shape[1]) if axis == 0 else (job.shape[0], length)
+
+
+def _size(job: Job, shard: int) -> int:
+    m, n = _shape(job, shard)
+    return m * n
+
+
+def _owners(jobs: Sequence[Job]) -> dict[str, int]:
+    """The plan for the jobs on one grid. Who has an expert's only shard, or a copy of it, owns it."""
+    layout = jobs[0].layout
+    places = [layout.place_of(rank) for rank in range(layout.world)]
+
+    def homes(job: Job) -> list[int]:
+        return [r for r, place in enumerate(places) if place[job.layout.sharded or 0] == job.home]
+
+    return plan([Work(job.name, job.cost, homes(job) if job.home is not None else ()) for job in jobs], layout.world)
+
+
+def _rounds(jobs: Sequence[Job], owners: Mapping[str, int]) -> Iterator[list[Job]]:
+    """The jobs in rounds of one layout and dtype, with at most one chunk per owner, or in all where all is gathered."""
+    lanes: dict[object, list[Job]] = {}
+    for job in jobs:
+        where = job.layout
+        lanes.setdefault((where.sharded, where.is_gathered, where.device, job.parameter.dtype), []).append(job)
+    for lane in lanes.values():
+        queues: dict[int, list[Job]] = {}
+        for job in sorted(lane, key=lambda job: job.targets[0].shape):  # those of one shape make large batches
+            queues.setdefault(owners[job.name], []).append(job)
+        lines = [list(_chunks(queues[owner])) for owner in sorted(queues)]
+        if lane[0].layout.is_gathered:
+            turns = chain.from_iterable(zip_longest(*(queues[owner] for owner in sorted(queues))))
+            lines = [list(_chunks([job for job in turns if job is not None]))]
+        for chunks in zip_longest(*lines, fillvalue=()):
+            yield list(chain.from_iterable(chunks))
+
+
+def _chunks(jobs: Sequence[Job]) -> Iterator[list[Job]]:
+    chunk: list[Job] = []
+    elements = 0
+    for job in jobs:
+        m, n = job.shape
+        if chunk and elements + m * n > matrices.CHUNK_ELEMENTS:
+            yield chunk
+            chunk, elements = [], 0
+        chunk.append(job)
+        elements += m * n
+    yield chunk
+
+
+def _check_agreement(jobs: Sequence[Job], owners: Mapping[str, int]) -> None:
+    """Raises on all ranks if they don't want the same matrices, stored alike and owned alike."""
+    lines = [
+        f"{job.name} ({', '.join(job.names)}) {tuple(job.shape)} {job.parameter.dtype} on {job.layout.sizes}, "
+        f"shards along {job.layout.sharded} of dim {job.layout.dim}, owner {owners[job.name]}"
+        for job in jobs
+    ]
+    digest = int.from_bytes(hashlib.sha256("\n".join(lines).encode()).digest()[:7], "big")
+    ends = torch.tensor([digest, -digest], device=jobs[0].layout.device)
+    for group in jobs[0].layout.groups:
+        dist.all_reduce(ends, dist.ReduceOp.MIN, group=group)
+    lowest, highest = ends.tolist()
+    if lowest == -highest:
+        return
+    (first, own), *others = _gather_objects((dist.get_rank(), lines), jobs[0].layout)
+    for rank, theirs in others:
+        for a, b in zip_longest(own, theirs, fillvalue="nothing more"):
+            if a != b:
+                raise ValueError(f"all ranks must have the same matrices, got {a} on rank {first} and {b} on {rank}")
+
+
+def _gather_objects(mine: Any, layout: Layout) -> list[Any]:
+    """What each rank of the grid has."""
+    gathered = [mine]
+    for group in layout.groups:
+        out: list[Any] = [None] * group.size()
+        dist.all_gather_object(out, gathered, group=group)
+        gathered = list(chain.from_iterable(out))
+    return gathered
