@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 from functools import cached_property
 
 import torch
 from torch import Tensor, nn
 from torch.distributed import ProcessGroup
+from torch.distributed.fsdp import FlatParameter, FullyShardedDataParallel, ShardingStrategy
 from torch.distributed.tensor import DTensor, Placement, Replicate, Shard, distribute_tensor
 
 from msign_lightning.targets import Cut, Target
@@ -128,6 +130,53 @@ def open_parameter(parameter: Tensor, layout: Layout) -> tuple[Tensor, Callable[
         held.copy_(distribute_tensor(whole, held.device_mesh, held.placements, src_data_rank=None))
 
     return whole, put_back
+
+
+def fsdp1_units(model: nn.Module) -> dict[Tensor, FullyShardedDataParallel]:
+    """The unit of FSDP1 that flattens each parameter, outer units first; those that none flattens are left out.
+
+    Raises:
+        ValueError: It shows flat parameters only, without `use_orig_params=True`.
+    """
+    if any(isinstance(parameter, FlatParameter) for parameter in model.parameters()):
+        raise ValueError("use_orig_params of FSDP1 must be True, for else no parameter is a matrix, got False")
+    units: dict[Tensor, FullyShardedDataParallel] = {}
+    for unit in FullyShardedDataParallel.fsdp_modules(model):
+        units |= {parameter: unit for parameter in unit.parameters() if parameter not in unit._ignored_params}
+    return units
+
+
+def fsdp1_groups(unit: FullyShardedDataParallel) -> tuple[ProcessGroup, ...]:
+    """The groups of the ranks that all have the parameters of the unit while it is whole."""
+    hybrid = unit.sharding_strategy in (ShardingStrategy.HYBRID_SHARD, ShardingStrategy._HYBRID_SHARD_ZERO2)
+    return (unit._inter_node_pg, unit.process_group) if hybrid else (unit.process_group,)  # type: ignore[return-value]
+
+
+def whole_unit(unit: nn.Module | None, writes: bool) -> AbstractContextManager[None]:
+    """In it, the parameters of a unit of FSDP1 are whole, the same on all its ranks; a collective."""
+    if unit is None:
+        return nullcontext()
+    summon = FullyShardedDataParallel.summon_full_params
+    whole: AbstractContextManager[None] = summon(unit, recurse=False, writeback=writes)
+    return whole
+
+
+@contextmanager
+def whole_shapes(model: nn.Module) -> Iterator[None]:
+    """In it, parameters that FSDP1 flattens have their shapes, without values or memory; a collective."""
+    shapes: dict[Tensor, torch.Size] = {}
+    units = fsdp1_units(model)
+    for unit in FullyShardedDataParallel.fsdp_modules(model):  # the outermost first, which makes the others its own
+        with whole_unit(unit, writes=False):
+            shapes |= {p: p.shape for p, own in units.items() if own is unit}
+    held = {parameter: parameter.data for parameter in shapes}
+    try:
+        for parameter, shape in shapes.items():
+            parameter.data = parameter.data.new_empty(1).expand(shape)
+        yield
+    finally:
+        for parameter, data in held.items():
+            parameter.data = data
 
 
 @dataclass(frozen=True, eq=False)

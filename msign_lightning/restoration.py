@@ -11,11 +11,12 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
+from torch.distributed import ProcessGroup
 from torch.optim import Optimizer
 from torch.utils.hooks import RemovableHandle
 
 from msign_lightning.linalg import Method, Rule, default_rtol, restore_
-from msign_lightning.matrices import Batch
+from msign_lightning.matrices import Batch, whole_shapes
 from msign_lightning.settings import RestorationSettings, with_settings
 from msign_lightning.sharding import Ranks
 from msign_lightning.targets import Target, left_out, select_targets
@@ -148,18 +149,20 @@ class Restoration:
     A checkpoint needs `state_dict()`: without it a resumed run restores at other steps.
 
     Args:
-        model: The model that holds the matrices. It must be final: cast, wrapped and sharded as it is trained.
+        model: The model that holds the matrices. It must be final: cast, wrapped and sharded as it is trained. Where it
+            is wrapped by DDP or FSDP, the ranks share the work, so all must make it and apply at the same steps.
         settings: The arguments of `RestorationSettings`, `period` and `targets` first.
 
     Raises:
-        ValueError: An argument is out of its range, or nothing is selected.
+        ValueError: An argument is out of its range, nothing is selected, or FSDP1 is without `use_orig_params=True`.
     """
 
     @with_settings(RestorationSettings)
     def __init__(self, model: nn.Module, settings: RestorationSettings) -> None:
         self.settings = settings
-        self.targets = select_targets(model, settings.targets, exclude=settings.exclude, cuts=settings.cuts)
-        self._left_out = left_out(model, self.targets)
+        with whole_shapes(model):
+            self.targets = select_targets(model, settings.targets, exclude=settings.exclude, cuts=settings.cuts)
+            self._left_out = left_out(model, self.targets)
         self._restorer = Restorer(
             self.targets, rule=settings.rule, method=settings.method, rtol=settings.rtol, ranks=Ranks(model)
         )
@@ -255,8 +258,16 @@ class Restoration:
             f"{self._restorer.rule}: {sum(groups.values())} matrices ({counts}) of {parameters} parameters "
             f"every {self.settings.period} optimizer steps from {self.settings.first} on"
             f"{'' if self.settings.stop is None else f' up to {self.settings.stop}'}, {flops:.1e} SVD FLOPs each time"
+            + (f"; {shared}" if (shared := self._restorer.ranks.describe(self.targets)) else "")
             + (f"; left out: {self._left_out}" if self._left_out else "")
         )
+
+    def share_over(self, process_group: ProcessGroup) -> None:
+        """Says that the ranks of a group all hold copies of the plain parameters, where no wrapper of the model does.
+
+        Then each rank computes its share of the matrices and gets the others; all must apply at the same steps.
+        """
+        self._restorer.ranks.process_group = process_group
 
     @property
     def steps(self) -> list[int]:

@@ -17,10 +17,23 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed import ProcessGroup
+from torch.distributed.tensor import DTensor
 from torch.nn.parallel import DistributedDataParallel
 
 from msign_lightning import matrices
-from msign_lightning.matrices import Batch, Job, Layout, are_finite, batches, jobs_of, layout_of, open_parameter
+from msign_lightning.matrices import (
+    Batch,
+    Job,
+    Layout,
+    are_finite,
+    batches,
+    fsdp1_groups,
+    fsdp1_units,
+    jobs_of,
+    layout_of,
+    open_parameter,
+    whole_unit,
+)
 from msign_lightning.targets import Target
 
 __all__ = ["Ranks", "Work", "plan"]
@@ -54,27 +67,43 @@ def plan(works: Sequence[Work], world: int) -> dict[str, int]:
 class Ranks:
     """The processes that train one model, as far as they hold parts or copies of the same parameters.
 
-    DTensors say so themselves. Plain parameters are copies only where `DistributedDataParallel` says so, or the caller
-    by `process_group`; else they are this rank's own, as in pipeline stages and local experts.
+    DTensors say so themselves. Plain parameters are copies only where `DistributedDataParallel` or FSDP1 say so, or the
+    caller by `process_group`; else they are this rank's own, as in pipeline stages and local experts.
 
     Args:
         model: The model as it is trained, wrapped.
         process_group: Of ranks that all hold copies of the plain parameters that no wrapper accounts for.
+
+    Raises:
+        ValueError: FSDP1 wraps the model without `use_orig_params=True`.
     """
 
     def __init__(self, model: nn.Module | None = None, process_group: ProcessGroup | None = None) -> None:
-        self._process_group = process_group
+        self.process_group = process_group
         self._replicas: dict[Tensor, tuple[ProcessGroup, ...]] = {}
+        self._units = {} if model is None else fsdp1_units(model)
         for module in () if model is None else model.modules():
             if isinstance(module, DistributedDataParallel):
                 ignored = getattr(module, "parameters_to_ignore", ())
                 own = [p for name, p in module.module.named_parameters() if name not in ignored]
                 self._replicas |= dict.fromkeys(own, (module.process_group,))
+        self._replicas |= {parameter: fsdp1_groups(unit) for parameter, unit in self._units.items()}
 
     def layout(self, parameter: Tensor) -> Layout:
         """How a parameter lies on the ranks."""
-        default = () if self._process_group is None else (self._process_group,)
-        return layout_of(parameter, self._replicas.get(parameter, default))
+        groups = self._replicas.get(parameter, ())
+        if not groups and self.process_group is not None and not isinstance(parameter, DTensor):
+            groups = (self.process_group,)
+        return layout_of(parameter, groups)
+
+    def describe(self, targets: Sequence[Target]) -> str:
+        """How the work is shared, for a log; "" if it isn't."""
+        layouts = [self.layout(parameter) for parameter in {target.parameter: None for target in targets}]
+        worlds = sorted({layout.world for layout in layouts if layout.groups})
+        gathered = sum(layout.is_gathered for layout in layouts)
+        return (f"shared out over {' and '.join(map(str, worlds))} ranks" if worlds else "") + (
+            f", {gathered} parameters gathered whole first, since they are cut in two ways" if gathered else ""
+        )
 
     def share(self, targets: Sequence[Target]) -> bool:
         """Whether no target is this rank's own, so that figures of all are the same on each rank."""
@@ -109,22 +138,39 @@ class Ranks:
                 stays as it was.
         """
         found: dict[str, Tensor | None] = {}
-        by_grid: dict[tuple[str, ...], list[Job]] = {}
-        for job in sorted(jobs_of(targets, self.layout, names), key=lambda job: job.name):
-            by_grid.setdefault(job.layout.key, []).append(job)
-        for key, jobs in by_grid.items():
-            owners = _owners(jobs)
-            if key:
-                _check_agreement(jobs, owners)
-            for own in _rounds(jobs, owners):
-                exchange = _Exchange(own, owners, width, writes) if key else _alone
-                found |= exchange(own, compute)
+        wanted = [t for t in targets if names is None or not set(names).isdisjoint(t.matrix_names)]
+        by_unit: dict[nn.Module | None, list[Target]] = {unit: [] for unit in (None, *self._units.values())}
+        for target in wanted:
+            by_unit[self._units.get(target.parameter)].append(target)
+        for layout in {where.key: where for where in map(self.layout, self._units) if where.key}.values():
+            _check_agreement([f"{t.name} {t.shape}" for t in wanted if t.parameter in self._units], layout)
+        for unit, own in by_unit.items():
+            if own:
+                with whole_unit(unit, writes):
+                    found |= _share_out(jobs_of(own, self.layout, names), compute, width, writes)
         alike: dict[object, list[str]] = {}
         for target in targets:
             alike.setdefault((target.shape, target.parameter.dtype, target.parameter.device), []).extend(
                 target.matrix_names
             )
         return {name: found[name] for name in chain.from_iterable(alike.values()) if name in found}
+
+
+def _share_out(
+    jobs: Sequence[Job], compute: Compute, width: Callable[[Target], int], writes: bool
+) -> dict[str, Tensor | None]:
+    """The figures of all jobs, grid by grid and round by round."""
+    found: dict[str, Tensor | None] = {}
+    by_grid: dict[tuple[str, ...], list[Job]] = {}
+    for job in sorted(jobs, key=lambda job: job.name):
+        by_grid.setdefault(job.layout.key, []).append(job)
+    for key, on_grid in by_grid.items():
+        owners = _owners(on_grid)
+        if key:
+            _check_agreement([*map(_describe, on_grid), f"owners {owners}"], on_grid[0].layout)
+        for own in _rounds(on_grid, owners):
+            found |= _Exchange(own, owners, width, writes)(compute) if key else _alone(own, compute)
+    return found
 
 
 def _alone(jobs: Sequence[Job], compute: Compute) -> dict[str, Tensor | None]:
@@ -154,7 +200,7 @@ class _Exchange:
                 self.spans[name] = slice(start, start := start + 2 + width(target))
         self.starts, self.size = [span.start for span in self.spans.values()], start + 1
 
-    def __call__(self, jobs: Sequence[Job], compute: Compute) -> dict[str, Tensor | None]:
+    def __call__(self, compute: Compute) -> dict[str, Tensor | None]:
         opened = {p: open_parameter(p, self.layout) for p in dict.fromkeys(job.parameter for job in self.jobs)}
         parts = {job: job.part(opened[job.parameter][0]) for job in self.jobs}
         wholes = self.collect(parts)
@@ -325,25 +371,29 @@ def _chunks(jobs: Sequence[Job]) -> Iterator[list[Job]]:
     yield chunk
 
 
-def _check_agreement(jobs: Sequence[Job], owners: Mapping[str, int]) -> None:
-    """Raises on all ranks if they don't want the same matrices, stored alike and owned alike."""
-    lines = [
-        f"{job.name} ({', '.join(job.names)}) {tuple(job.shape)} {job.parameter.dtype} on {job.layout.sizes}, "
-        f"shards along {job.layout.sharded} of dim {job.layout.dim}, owner {owners[job.name]}"
-        for job in jobs
-    ]
+def _describe(job: Job) -> str:
+    where = job.layout
+    stored = f"{job.shape} {job.parameter.dtype} on ranks {where.sizes}"
+    cut = "" if where.sharded is None else f", dimension {where.dim} cut along {where.sharded}"
+    return f"{job.name} ({', '.join(job.names)}): {stored}{cut}{', gathered' if where.is_gathered else ''}"
+
+
+def _check_agreement(lines: Sequence[str], layout: Layout) -> None:
+    """Raises on all ranks of a grid if what they are about to do differs, as these lines tell it."""
     digest = int.from_bytes(hashlib.sha256("\n".join(lines).encode()).digest()[:7], "big")
-    ends = torch.tensor([digest, -digest], device=jobs[0].layout.device)
-    for group in jobs[0].layout.groups:
+    ends = torch.tensor([digest, -digest], device=layout.device)
+    for group in layout.groups:
         dist.all_reduce(ends, dist.ReduceOp.MIN, group=group)
     lowest, highest = ends.tolist()
     if lowest == -highest:
         return
-    (first, own), *others = _gather_objects((dist.get_rank(), lines), jobs[0].layout)
+    (first, own), *others = _gather_objects((dist.get_rank(), lines), layout)
     for rank, theirs in others:
         for a, b in zip_longest(own, theirs, fillvalue="nothing more"):
             if a != b:
-                raise ValueError(f"all ranks must have the same matrices, got {a} on rank {first} and {b} on {rank}")
+                raise ValueError(
+                    f"all ranks must have the same matrices, got {a} on rank {first} and {b} on rank {rank}"
+                )
 
 
 def _gather_objects(mine: Any, layout: Layout) -> list[Any]:

@@ -15,12 +15,12 @@ import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
 from torch import Tensor, nn
-from transformers import LlamaConfig, LlamaForCausalLM
 
 from msign_lightning.recipes.data import RandomWindows, Windows
 
 if TYPE_CHECKING:
     from composer import Trainer
+    from transformers import LlamaForCausalLM
 
 TEXT = next(iter(pydoc_data.topics.topics.values())).encode("ascii", "replace")
 
@@ -32,6 +32,8 @@ def windows(batches: int, *, vocab_size: int = 96, sequence_length: int = 16) ->
 
 
 def llama(dtype: torch.dtype = torch.float32, vocab_size: int = 96, positions: int = 32) -> LlamaForCausalLM:
+    from transformers import LlamaConfig, LlamaForCausalLM  # not at once, for processes that need none
+
     torch.manual_seed(0)
     config = LlamaConfig(
         vocab_size=vocab_size,
@@ -113,4 +115,6 @@ def _on_rank(rank: int, ranks: int, function: Callable[..., Any], folder: Path, 
     timeout = timedelta(seconds=60)
     dist.init_process_group("gloo", init_method=f"file://{folder}/store", rank=rank, world_size=ranks, timeout=timeout)
     torch.save(function(rank, *arguments), folder / f"returned-{rank}.pt")
+    if "LEAVE" in os.environ:  # a group that has lost a peer can hang when it ends
+        os._exit(0)
     dist.destroy_process_group()
