@@ -243,6 +243,11 @@ class Job:
         start, stop = self._bounds(shard)
         return self.layout.dim - len(self._index), start, stop - start
 
+    def shape_in(self, shard: int) -> tuple[int, int]:
+        """Rows and columns of what a shard holds."""
+        axis, _, length = self.extent(shard)
+        return (length, self.shape[1]) if axis == 0 else (self.shape[0], length)
+
     def part(self, held: Tensor) -> Tensor:
         """What this rank has of it, a view (m', n') of what the rank has of the parameter."""
         index = list(self._index)

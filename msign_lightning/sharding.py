@@ -9,8 +9,9 @@ send them to the owner and get theirs back. In each round every owner has at mos
 from __future__ import annotations
 
 import hashlib
+import math
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
-from itertools import chain, product, zip_longest
+from itertools import chain, zip_longest
 from typing import Any, NamedTuple
 
 import torch
@@ -138,7 +139,8 @@ class Ranks:
                 stays as it was.
         """
         found: dict[str, Tensor | None] = {}
-        wanted = [t for t in targets if names is None or not set(names).isdisjoint(t.matrix_names)]
+        names = None if names is None else set(names)
+        wanted = [t for t in targets if names is None or not names.isdisjoint(t.matrix_names)]
         by_unit: dict[nn.Module | None, list[Target]] = {unit: [] for unit in (None, *self._units.values())}
         for target in wanted:
             by_unit[self._units.get(target.parameter)].append(target)
@@ -149,10 +151,8 @@ class Ranks:
                 with whole_unit(unit, writes):
                     found |= _share_out(jobs_of(own, self.layout, names), compute, width, writes)
         alike: dict[object, list[str]] = {}
-        for target in targets:
-            alike.setdefault((target.shape, target.parameter.dtype, target.parameter.device), []).extend(
-                target.matrix_names
-            )
+        for t in targets:
+            alike.setdefault((t.shape, t.parameter.dtype, t.parameter.device), []).extend(t.matrix_names)
         return {name: found[name] for name in chain.from_iterable(alike.values()) if name in found}
 
 
@@ -188,10 +188,18 @@ class _Exchange:
     def __init__(
         self, jobs: Sequence[Job], owners: Mapping[str, int], width: Callable[[Target], int], writes: bool
     ) -> None:
-        self.jobs, self.owners, self.writes = jobs, owners, writes
+        self.jobs, self.writes = jobs, writes
         self.layout = layout = jobs[0].layout
         self.copies = [i for i in range(len(layout.sizes)) if i != layout.sharded]  # dimensions of the grid
-        self.mine = [job for job in jobs if owners[job.name] == layout.rank]
+        self.here = tuple(layout.place[i] for i in self.copies)
+        # By the owner's place among the copies and among the shards.
+        self.owned: dict[tuple[int, ...], list[list[Job]]] = {}
+        for job in jobs:
+            place = layout.place_of(owners[job.name])
+            peers = self.owned.setdefault(tuple(place[i] for i in self.copies), [[] for _ in range(layout.shards)])
+            peers[0 if layout.sharded is None else place[layout.sharded]].append(job)
+        self.peers = self.owned.get(self.here, [[] for _ in range(layout.shards)])
+        self.mine = self.peers[layout.shard]
         self.crosses = layout.sharded is not None and any(job.home is None for job in jobs)
         self.spans: dict[str, slice] = {}  # of each matrix in the table
         start = 0
@@ -219,28 +227,15 @@ class _Exchange:
             raise RuntimeError(f"not all matrices could be computed: {failures}")
         return found
 
-    def _peers(self, place: Sequence[int]) -> list[list[Job]]:
-        """The jobs whose owners are beside this place along the sharded dimension, by owner."""
-        peers: list[list[Job]] = [[] for _ in range(self.layout.shards)]
-        for job in self.jobs:
-            owner = self.layout.place_of(self.owners[job.name])
-            if all(owner[i] == place[i] for i in self.copies):
-                peers[0 if self.layout.sharded is None else owner[self.layout.sharded]].append(job)
-        return peers
-
     def collect(self, parts: Mapping[Job, Tensor]) -> dict[Job, Tensor]:
         """Sends parts to their owners; the wholes of this rank's own jobs, as copies."""
-        layout, mine = self.layout, self.mine
+        layout = self.layout
         if not self.crosses:
-            return {job: parts[job].to(layout.device, copy=True) for job in mine}
-        sent = [[parts[job].reshape(-1) for job in jobs] for jobs in self._peers(layout.place)]
-        received = [[_size(job, shard) for job in mine] for shard in range(layout.shards)]
-        flats = self._all_to_all(sent, received)
-        wholes = {}
-        for i, job in enumerate(mine):
-            shaped = [flats[shard][i].view(_shape(job, shard)) for shard in range(layout.shards)]
-            wholes[job] = torch.cat(shaped, dim=job.extent(layout.shard)[0])
-        return wholes
+            return {job: parts[job].to(layout.device, copy=True) for job in self.mine}
+        sent = [[parts[job] for job in jobs] for jobs in self.peers]
+        shapes = [[job.shape_in(shard) for job in self.mine] for shard in range(layout.shards)]
+        received = zip(*self._all_to_all(sent, shapes), strict=True)
+        return {job: torch.cat(own, dim=job.extent(0)[0]) for job, own in zip(self.mine, received, strict=True)}
 
     def compute(
         self, wholes: Mapping[Job, Tensor], parts: Mapping[Job, Tensor], compute: Compute
@@ -276,68 +271,52 @@ class _Exchange:
         layout = self.layout
         new = dict(wholes)
         if self.crosses:
-            sent = [[wholes[job].narrow(*job.extent(s)).reshape(-1) for job in self.mine] for s in range(layout.shards)]
-            peers = self._peers(layout.place)
-            flats = self._all_to_all(sent, [[parts[job].numel() for job in jobs] for jobs in peers])
-            new = dict(zip(chain(*peers), chain(*flats), strict=True))
-        for source in product(*(range(layout.sizes[i]) for i in self.copies)):
-            place = list(layout.place)
-            for i, at in zip(self.copies, source, strict=True):
-                place[i] = at
-            jobs = [job for job in chain(*self._peers(place)) if parts[job].numel()]
+            sent = [[wholes[job].narrow(*job.extent(shard)) for job in self.mine] for shard in range(layout.shards)]
+            received = self._all_to_all(sent, [[parts[job].shape for job in jobs] for jobs in self.peers])
+            new = dict(zip(chain(*self.peers), chain(*received), strict=True))
+        for source, peers in sorted(self.owned.items()):  # where among the copies the new ones are
+            jobs = [job for job in chain(*peers) if parts[job].numel()]
             if not jobs:
                 continue
-            if place == list(layout.place):
-                flat = torch.cat([new[job].reshape(-1) for job in jobs]) if self.copies else None
+            sizes = [parts[job].numel() for job in jobs]
+            if source == self.here:
+                flat = torch.cat([new[job].reshape(-1) for job in jobs])
             else:
-                size = sum(parts[job].numel() for job in jobs)
-                flat = torch.empty(size, dtype=parts[jobs[0]].dtype, device=layout.device)
-            for n, i in reversed(list(enumerate(self.copies))):
-                if all(layout.place[j] == place[j] for j in self.copies[:n]):
-                    first = dist.get_global_rank(layout.groups[i], place[i])
-                    dist.broadcast(flat.view(torch.uint8), first, group=layout.groups[i])  # type: ignore[union-attr]
-            values = (
-                [new[job] for job in jobs] if flat is None else torch.split(flat, [parts[job].numel() for job in jobs])
-            )
-            for job, value in zip(jobs, values, strict=True):
+                flat = torch.empty(sum(sizes), dtype=parts[jobs[0]].dtype, device=layout.device)
+            for n in reversed(range(len(source))):  # along one dimension of the grid after the other
+                if self.here[:n] == source[:n]:
+                    group = layout.groups[self.copies[n]]
+                    dist.broadcast(flat.view(torch.uint8), dist.get_global_rank(group, source[n]), group=group)
+            for job, value in zip(jobs, torch.split(flat, sizes), strict=True):
                 job.write_(parts[job], value.view(parts[job].shape), chosen[job])
 
-    def _all_to_all(self, sent: Sequence[Sequence[Tensor]], received: Sequence[Sequence[int]]) -> list[list[Tensor]]:
-        """Flat tensors for each rank along the sharded dimension, for those from it, of these numbers of elements."""
-        layout = self.layout
-        dtype = self.jobs[0].parameter.dtype
-        flat = torch.cat([*chain(*sent)] or [torch.empty(0, dtype=dtype)]).to(layout.device)
-        result = torch.empty(sum(map(sum, received)), dtype=dtype, device=layout.device)
+    def _all_to_all(
+        self, sent: Sequence[Sequence[Tensor]], shapes: Sequence[Sequence[tuple[int, ...]]]
+    ) -> list[list[Tensor]]:
+        """Tensors for each rank along the sharded dimension, for those from it, of these shapes, as one message."""
+        layout, dtype = self.layout, self.jobs[0].parameter.dtype
+        sizes = [[math.prod(shape) for shape in own] for own in shapes]
+        flat = torch.cat([tensor.reshape(-1) for tensor in chain(*sent)] or [torch.empty(0, dtype=dtype)])
+        result = torch.empty(sum(map(sum, sizes)), dtype=dtype, device=layout.device)
         dist.all_to_all_single(
-            result.view(torch.uint8),
-            flat.view(torch.uint8),
-            [sum(sizes) * dtype.itemsize for sizes in received],
-            [sum(tensor.numel() for tensor in tensors) * dtype.itemsize for tensors in sent],
+            result.view(torch.uint8),  # bytes, since not every backend knows every dtype
+            flat.to(layout.device).view(torch.uint8),
+            [sum(own) * dtype.itemsize for own in sizes],
+            [sum(tensor.numel() for tensor in own) * dtype.itemsize for own in sent],
             group=layout.groups[layout.sharded],  # type: ignore[index]
         )
-        flats = iter(torch.split(result, list(chain(*received))))
-        return [[next(flats) for _ in sizes] for sizes in received]
-
-
-def _shape(job: Job, shard: int) -> tuple[int, int]:
-    axis, _, length = job.extent(shard)
-    return (length, job.shape[1]) if axis == 0 else (job.shape[0], length)
-
-
-def _size(job: Job, shard: int) -> int:
-    m, n = _shape(job, shard)
-    return m * n
+        flats = iter(torch.split(result, list(chain(*sizes))))
+        return [[next(flats).view(shape) for shape in own] for own in shapes]
 
 
 def _owners(jobs: Sequence[Job]) -> dict[str, int]:
     """The plan for the jobs on one grid. Who has an expert's only shard, or a copy of it, owns it."""
     layout = jobs[0].layout
-    places = [layout.place_of(rank) for rank in range(layout.world)]
-
-    def homes(job: Job) -> list[int]:
-        return [r for r, place in enumerate(places) if place[job.layout.sharded or 0] == job.home]
-
-    return plan([Work(job.name, job.cost, homes(job) if job.home is not None else ()) for job in jobs], layout.world)
+    homes: dict[tuple[int | None, int | None], list[int]] = {}
+    for key in {(job.layout.sharded, job.home) for job in jobs if job.home is not None}:
+        homes[key] = [rank for rank in range(layout.world) if layout.place_of(rank)[key[0] or 0] == key[1]]
+    works = [Work(job.name, job.cost, homes.get((job.layout.sharded, job.home), ())) for job in jobs]
+    return plan(works, layout.world)
 
 
 def _rounds(jobs: Sequence[Job], owners: Mapping[str, int]) -> Iterator[list[Job]]:
