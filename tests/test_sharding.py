@@ -23,7 +23,7 @@ from torch.distributed.tensor import DTensor, Replicate, Shard, distribute_tenso
 from torch.nn.parallel import DistributedDataParallel
 from torch.utils.data import DataLoader
 
-from msign_lightning import Cut, MSignCallback, Restoration, matrices, restoration, restore, select_targets
+from msign_lightning import Cut, Restoration, matrices, restoration, restore, select_targets, sharding
 from msign_lightning.sharding import Ranks, Work, plan
 from msign_lightning.spectrum import SpectrumMonitor
 
@@ -297,6 +297,20 @@ def threads(ranks: int) -> Any:
     return whole(model)
 
 
+def declared(ranks: int) -> Any:
+    """Copies in no wrapper, as with the Trainer of Hugging Face, of which all but the first rank's are spoiled."""
+    model = Zoo()
+    share = Restoration(model, **SETTINGS)
+    share.share_over(dist.group.WORLD)
+    if dist.get_rank():
+        with torch.no_grad():
+            for p in model.parameters():
+                p.copy_(torch.randn_like(p))
+    with patched(sharding, "plan", lambda works, world: {work.name: 0 for work in works}):
+        share.apply()
+    return whole(model), share.describe()
+
+
 def own_modules(ranks: int) -> Any:
     """As in a pipeline: each rank has another model, and nobody waits for anybody."""
     torch.manual_seed(rank := dist.get_rank())
@@ -320,7 +334,7 @@ def _on_rank(rank: int, ranks: int) -> dict[str, Any]:
         results[f"spoiled {make.__name__}"] = spoiled(ranks, make)
     for make in (ddp, fsdp2, fsdp1) if ranks == 2 else (hsdp, tp_fsdp2):
         results[f"disagreeing {make.__name__}"] = disagreeing(ranks, make)
-    results |= {f.__name__: f(ranks) for f in (raising, threads, own_modules)}
+    results |= {f.__name__: f(ranks) for f in (raising, threads, declared, own_modules)}
     return results
 
 
@@ -413,6 +427,14 @@ def test_ranks_of_different_thread_counts_end_equal(run):
         assert_same(of_rank["threads"], run[1][0]["threads"])
 
 
+def test_copies_can_be_declared_and_get_the_owners_bits(run, alone):
+    for of_rank in run[1]:
+        weights, line = of_rank["declared"]
+        assert f"; shared out over {run[0]} ranks" in line
+        for name in weights:
+            assert "frozen" in name or torch.equal(weights[name], alone[0][name]), name
+
+
 def test_modules_that_nobody_declares_copies_are_each_ranks_own(run):
     assert all(all(of_rank["own_modules"]) for of_rank in run[1])
 
@@ -460,6 +482,8 @@ def _fit_on_rank(rank: int) -> dict[str, Any]:
     import lightning.pytorch as pl
     from lightning.pytorch.plugins.environments import TorchElasticEnvironment
     from lightning.pytorch.strategies import DDPStrategy, FSDPStrategy, ModelParallelStrategy
+
+    from msign_lightning import MSignCallback
 
     class Language(pl.LightningModule):
         """It wraps itself for FSDP1, since Lightning's own way needs a GPU."""

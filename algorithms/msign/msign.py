@@ -45,7 +45,7 @@ def apply_msign(
         report = apply_msign(model, "attention")
 
     Args:
-        model: The model that holds the matrices; if it is sharded, every rank must call this.
+        model: The model that holds the matrices; if it is sharded or wrapped by DDP, every rank must call this.
         targets: As of `MSign`, and so are the others.
         rule: "msign" or "cap".
         method: How the matrix sign is computed.
