@@ -337,7 +337,7 @@ class Batch:
     def read(self) -> Tensor:
         """A copy of the matrices (B, m, n) in float32 or better."""
         matrices = torch.cat([t.matrix(whole) for t, whole in zip(self.targets, self.wholes, strict=True)])
-        return matrices.to(self.device, torch.promote_types(matrices.dtype, torch.float32))
+        return matrices.to(self.device).to(torch.promote_types(matrices.dtype, torch.float32))
 
     def write_(self, matrices: Tensor, chosen: Tensor) -> Tensor:
         """Puts matrices back that have been read, in the dtype they are stored in.
@@ -349,7 +349,7 @@ class Batch:
         Returns:
             Which were written, of shape (B,): those chosen, but for any that overflow their dtype.
         """
-        cast = matrices.to(self.wholes[0].device, self.dtype)
+        cast = matrices.to(self.dtype).to(self.wholes[0].device)
         written: Tensor = chosen & torch.linalg.vector_norm(cast, math.inf, dim=(1, 2)).isfinite().to(chosen.device)
         for target, whole, new, fits in zip(self.targets, self.wholes, cast, written.to(cast.device), strict=True):
             target.write_(whole, torch.where(fits, new, target.matrix(whole)))

@@ -255,6 +255,9 @@ class NoMatrix(nn.Sequential):
     def __init__(self) -> None:
         super().__init__(nn.Embedding(96, 8), nn.Linear(8, 96))
 
+    def balance_loss(self) -> float:
+        return 0.0
+
 
 def test_no_effect_is_a_warning():
     with pytest.warns(NoEffectWarning, match="MSign has no effect.*at least one matrix"):
