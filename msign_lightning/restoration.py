@@ -77,12 +77,17 @@ class Restorer:
         rule: "msign" (arXiv 2602.01734, Eq. 14) or "cap"; see `restore`.
         method: How the matrix sign is computed: "auto", or one of the methods of `msign`.
         rtol: Singular values below rtol · σ₁ count as zero; None for the default of the weights' dtype.
+
+    Raises:
+        ValueError: A target is on the meta device.
     """
 
     def __init__(
         self, targets: Sequence[Target], *, rule: Rule = "msign", method: Method = "auto", rtol: float | None = None
     ) -> None:
         self.targets = list(targets)
+        if planned := [target.name for target in self.targets if target.parameter.is_meta]:
+            raise ValueError(f"targets must hold weights, got {planned[0]} on the meta device")
         self.rule, self.method, self.rtol = rule, method, rtol
         self._known_bad: set[str] = set()
 
@@ -145,7 +150,7 @@ class Restoration:
         settings: The arguments of `RestorationSettings`, `period` and `targets` first.
 
     Raises:
-        ValueError: An argument is out of its range, or nothing is selected.
+        ValueError: An argument is out of its range, nothing is selected, or it is on the meta device.
     """
 
     @with_settings(RestorationSettings)
