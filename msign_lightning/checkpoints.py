@@ -20,6 +20,7 @@ from collections import OrderedDict
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from fnmatch import fnmatchcase
+from functools import partial
 from io import BytesIO
 from itertools import groupby
 from pathlib import Path
@@ -46,6 +47,10 @@ _SUFFIXES = (".safetensors", ".ckpt", ".pt", ".pth", ".bin")
 _STATES = ("current_model_state", "state_dict", "model_state_dict", "state.model", "model", "module")
 """Where a checkpoint keeps the weights of the model; the first, of Lightning, are those that are not averaged."""
 _STEPS = ("global_step", "state.timestamp.Timestamp.batch", "iter_num", "step", "iteration")
+_DAMAGE = (
+    *(pickle.UnpicklingError, BadZipFile, EOFError, KeyError, TypeError, AttributeError, IndexError, struct.error),
+    *(UnicodeDecodeError, OverflowError),
+)
 _STEP_IN_NAME = re.compile(r"(?:step|iter|ba|checkpoint)[-_=]?(\d+)|^(\d+)(?=\.|$)")
 
 
@@ -108,15 +113,15 @@ class Stored:
 
 @dataclass
 class Checkpoint:
-    """What is known of a checkpoint without reading its tensors.
+    """What is known of a checkpoint before its tensors are read.
 
     Attributes:
         path: The file or folder.
         allow: Python modules whose objects may occur in its pickles.
         step: The optimizer step, if it says so.
         tensors: Those of the model, by name.
-        unread: Entries of the model that are no plain tensors, quantised ones for instance.
-        content: All else, from a pickle: plain values, and `Inert` things.
+        unread: Entries of the model that are no plain tensors, but quantised ones for instance.
+        content: What else a pickle holds, as plain values and `Inert` things.
         config: File with the configuration of a Hugging Face model.
     """
 
@@ -130,21 +135,21 @@ class Checkpoint:
 
 
 def find_checkpoints(paths: Iterable[str | Path]) -> list[Path]:
-    """The checkpoints themselves and, of each other folder, those in it, in the order of the numbers in their names."""
+    """The checkpoints themselves and, of a folder of several, those in it, in the order of the numbers in the names."""
     found = []
     for path in map(Path, paths):
         if not path.exists():
-            near = sorted(path.parent.iterdir()) if path.parent.is_dir() else []
-            raise ValueError(f"checkpoints must exist, got {str(path)!r}; beside it: {[p.name for p in near[:5]]}")
-        inside = [path]
+            raise ValueError(f"checkpoints must exist, got {str(path)!r}")
+        inside = []
         if path.is_dir():
-            is_one = _weight_files(path) is not None
-            # Links to a neighbour ("last.ckpt") would only repeat it.
-            children = [p for p in sorted(path.iterdir(), key=_by_numbers) if p.resolve() == path.resolve() / p.name]
-            inside = [p for p in children if p.is_dir() and _weight_files(p) is not None]
-            inside += [p for p in children if p.is_file() and p.suffix in _SUFFIXES and not is_one]
-            inside = inside or [path]
-        found += inside
+            # A link to a neighbour ("last.ckpt") would only repeat it.
+            children = [p for p in path.iterdir() if p.resolve() == path.resolve() / p.name]
+            files = (
+                {p for p in children if p.suffix in _SUFFIXES and p.is_file()} if _weight_files(path) is None else ()
+            )
+            inside = [p for p in children if p in files or (p.is_dir() and _weight_files(p) is not None)]
+            inside.sort(key=lambda p: [part.zfill(20) for part in re.split(r"(\d+)", p.name)])
+        found += inside or [path]
     return found
 
 
@@ -168,16 +173,15 @@ def read(path: str | Path, *, allow: Collection[str] = ()) -> Checkpoint:
         raise ValueError(f"checkpoint must be a file or a folder with weights, got {str(path)!r}")
     for file in files:
         try:
-            _read_file(file, checkpoint, allow)
-        except (pickle.UnpicklingError, BadZipFile, EOFError, KeyError, TypeError, AttributeError, IndexError) as error:
-            raise ValueError(f"{file} must be a sound checkpoint, got: {_said(error)}") from error
+            _read_file(file, checkpoint)
         except FileNotFoundError as error:
             raise ValueError(f"{path} must hold all its files, got no {file.name}") from error
+        except _DAMAGE as error:
+            reason = str(error).partition("\n")[0] or type(error).__name__
+            raise ValueError(f"{file} must be a sound checkpoint, got: {reason}") from error
     if not checkpoint.tensors:
-        keys = list(checkpoint.content) or "no tensors"
-        raise ValueError(f"{path} must hold the weights of a model, got {keys}")
-    folder = path if path.is_dir() else path.parent
-    config = folder / "config.json"
+        raise ValueError(f"{path} must hold the weights of a model, got {list(checkpoint.content) or 'no tensors'}")
+    config = (path if path.is_dir() else path.parent) / "config.json"
     checkpoint.config = config if config.is_file() and (path.is_dir() or path.suffix == ".safetensors") else None
     checkpoint.step = _find_step(checkpoint)
     return checkpoint
@@ -189,92 +193,78 @@ def _weight_files(folder: Path) -> list[Path] | None:
         return [folder / ".metadata", *folder.glob("meta.pt")]  # the second is of Lightning
     for name in ("model.safetensors", "pytorch_model.bin"):
         if (index := folder / f"{name}.index.json").is_file():
-            names = _json(index.read_bytes(), index)["weight_map"].values()
-            return [folder / name for name in dict.fromkeys(names)]
+            names = dict.fromkeys(_json(index.read_bytes(), index).get("weight_map", {}).values())
+            if any(Path(name).name != name for name in names):
+                raise ValueError(f"{index} must name files beside it, got {list(names)}")
+            return [folder / name for name in names]
         if (folder / name).is_file():
             return [folder / name]
     others = list(folder.glob("*.safetensors"))
     return others if len(others) == 1 else None
 
 
-def _read_file(file: Path, checkpoint: Checkpoint, allow: Collection[str]) -> None:
+def _read_file(file: Path, checkpoint: Checkpoint) -> None:
     size = file.stat().st_size
     with file.open("rb") as opened:
         start = opened.read(9)
     if file.name == ".metadata":
-        _read_distributed(file, checkpoint, allow)
+        _read_distributed(file, checkpoint)
     elif start.startswith(b"PK"):
-        archive = _Archive(file, 0, size, allow)
-        if not isinstance(archive.content, Mapping):
-            raise ValueError(f"{file} must hold a mapping, got {type(archive.content).__name__}")
-        checkpoint.content |= archive.content
-        if checkpoint.path.is_file() or file.name != "meta.pt":
+        archive = _Archive(file, 0, size, checkpoint.allow)
+        checkpoint.content |= dict(archive.content)
+        if file.name != "meta.pt":
             _take_state(archive.content, checkpoint, archive.stored)
-    elif len(start) == 9 and start[8:] == b"{":
+    elif start[8:] == b"{":
         _read_safetensors(file, size, int.from_bytes(start[:8], "little"), checkpoint)
     else:
-        what = "of torch.save as it was before PyTorch 1.6" if start.startswith((b"\x80", b"\x8a")) else "unknown"
+        what = "of torch.save before PyTorch 1.6" if start.startswith((b"\x80", b"\x8a")) else "of another kind"
         raise ValueError(f"{file} must be of safetensors or torch.save, got {size} bytes {what if size else ''}")
 
 
 def _read_safetensors(file: Path, size: int, length: int, checkpoint: Checkpoint) -> None:
-    if length > size - 8:
+    if 8 + length > size:
         raise ValueError(f"{file} must have at least {8 + length} bytes, got {size}: it is truncated")
     with file.open("rb") as opened:
         header = _json(opened.read(8 + length)[8:], file)
     header.pop("__metadata__", None)
+    end = 8 + length + max((entry["data_offsets"][1] for entry in header.values()), default=0)
+    if end > size:
+        raise ValueError(f"{file} must have at least {end} bytes, got {size}: it is truncated")
     for name, entry in header.items():
         shape, (first, last) = tuple(entry["shape"]), entry["data_offsets"]
-        if 8 + length + last > size:
-            raise ValueError(f"{file} must have at least {8 + length + last} bytes, got {size}: it is truncated")
         dtype = _SAFETENSORS.get(entry["dtype"], entry["dtype"])
         if dtype in _FLOATS and last - first != math.prod(shape) * _FLOATS[dtype].itemsize:
             raise ValueError(f"{name} of {file} must have the bytes of {shape}, got {last - first}")
-        blocks = [Block(file, 8 + length + first, shape, _contiguous(shape), (0,) * len(shape))]
-        checkpoint.tensors[name] = Stored(dtype, shape, lambda blocks=blocks: blocks)  # type: ignore[misc]
+        stride = tuple(math.prod(shape[i + 1 :]) for i in range(len(shape)))
+        block = Block(file, 8 + length + first, shape, stride, (0,) * len(shape))
+        checkpoint.tensors[name] = Stored(dtype, shape, partial(list, [block]))
 
 
-def _read_distributed(file: Path, checkpoint: Checkpoint, allow: Collection[str]) -> None:
+def _read_distributed(file: Path, checkpoint: Checkpoint) -> None:
     """What `torch.distributed.checkpoint` wrote: every block of a tensor is a file of `torch.save` within a file."""
-    metadata = _Unpickler(BytesIO(file.read_bytes()), allow).load().state
-    places = {
-        (index.state["fqn"], tuple(index.state.get("offset") or ())): info.state
-        for index, info in metadata["storage_data"].items()
-    }
-    stored: dict[int, Stored] = {}
+    metadata = _Unpickler(BytesIO(file.read_bytes()), checkpoint.allow).load().state
+    entries = {name: entry.state for name, entry in metadata["state_dict_metadata"].items() if "chunks" in entry.state}
+    places = {(i.state["fqn"], i.state.get("offset")): info.state for i, info in metadata["storage_data"].items()}
 
-    def locate(name: str, origins: Sequence[tuple[int, ...]]) -> list[Block]:
+    def locate(name: str) -> list[Block]:
         blocks = []
-        for origin in origins:
+        for origin in (chunk.state["offsets"] for chunk in entries[name]["chunks"]):
             place = places[name, origin]
-            if place.get("transform_descriptors"):
-                raise ValueError(f"{name} must not be compressed, got {place['transform_descriptors']}")
             part, first = file.parent / place["relative_path"], place["offset"]
-            if part.resolve().parent != file.parent.resolve():
-                raise ValueError(f"{name} must be in a file of {file.parent}, got {place['relative_path']!r}")
-            if not part.is_file():
-                raise ValueError(f"{file.parent} must hold all its files, got no {part.name}")
-            archive = _Archive(part, first, first + place["length"], allow)
+            if part.parent != file.parent or not part.is_file() or place.get("transform_descriptors"):
+                raise ValueError(f"{file.parent} must hold all its files, uncompressed, got no {part.name} for {name}")
+            archive = _Archive(part, first, first + place["length"], checkpoint.allow)
             blocks += [replace(block, origin=origin) for block in archive.stored(archive.content).locate()]
         return blocks
 
     content: dict[str, Any] = {}
-    for name, entry in metadata["state_dict_metadata"].items():
-        if "chunks" not in entry.state:
-            continue
-        origins = [tuple(chunk.state["offsets"]) for chunk in entry.state["chunks"]]
-        tensor = _Tensor(entry.state["properties"].state[0], "", 0, tuple(entry.state["size"]), ())
+    for name, entry in entries.items():
         *path, last = (metadata.get("planner_data") or {}).get(name, (name,))
         inner = content
         for part in path:
             inner = inner.setdefault(part, {})
-        inner[last] = tensor
-        stored[id(tensor)] = Stored(
-            tensor.dtype,
-            tensor.shape,
-            lambda name=name, origins=origins: locate(name, origins),  # type: ignore[misc]
-        )
-    _take_state(content, checkpoint, lambda tensor: stored[id(tensor)])
+        inner[last] = _Tensor(entry["properties"].state[0], name, 0, entry["size"], ())
+    _take_state(content, checkpoint, lambda tensor: Stored(tensor.dtype, tensor.shape, partial(locate, tensor.key)))
 
 
 def _find_state(content: Mapping[str, Any]) -> tuple[str, Mapping[str, Any]]:
@@ -317,18 +307,6 @@ def _json(text: bytes, file: Path) -> dict[str, Any]:
     if not isinstance(values, dict):
         raise ValueError(f"{file} must hold a mapping, got {type(values).__name__}")
     return values
-
-
-def _said(error: Exception) -> str:
-    return f"no {error}" if isinstance(error, KeyError) else str(error).partition("\n")[0] or type(error).__name__
-
-
-def _contiguous(shape: Sequence[int]) -> tuple[int, ...]:
-    return tuple(math.prod(shape[i + 1 :]) for i in range(len(shape)))
-
-
-def _by_numbers(path: Path) -> list[object]:
-    return [part.zfill(20) for part in re.split(r"(\d+)", path.name)]
 
 
 # --- pickles, without their code ---------------------------------------------------------------------------------
@@ -382,27 +360,12 @@ _MADE: Mapping[str, Any] = {
 }
 """What is made of a pickle, by functions of ours."""
 _STORAGES = {"Double": "float64", "Float": "float32", "Half": "float16", "BFloat16": "bfloat16", "Char": "int8"}
-_PASSED_OVER = {
-    *("composer", "lightning", "lightning_fabric", "lightning_utilities", "llmfoundry", "pytorch_lightning"),
-    *("numpy", "omegaconf", "torch", "torchmetrics", "transformers", "accelerate"),
-    *(
-        "_codecs",
-        "argparse",
-        "collections",
-        "copy_reg",
-        "copyreg",
-        "datetime",
-        "enum",
-        "functools",
-        "pathlib",
-        "typing",
-    ),
-    *(
-        f"builtins.{name}"
-        for name in ("bytearray", "complex", "frozenset", "getattr", "object", "range", "set", "slice")
-    ),
-}
-"""Packages and names whose objects are passed over; all else is refused, so that nobody takes it for read."""
+_PASSED_OVER = re.compile(
+    r"(accelerate|composer|lightning\w*|llmfoundry|numpy|omegaconf|pytorch_lightning|torch|torchmetrics|transformers"
+    r"|_codecs|argparse|collections|copy_?reg|datetime|enum|functools|pathlib|typing)\..*"
+    r"|builtins\.(bytearray|complex|frozenset|getattr|object|range|set|slice)"
+)
+"""What is passed over. All else is refused: it would not be run either, but tells what a checkpoint may be."""
 
 
 class _Unpickler(pickle.Unpickler):
@@ -410,7 +373,7 @@ class _Unpickler(pickle.Unpickler):
 
     def __init__(self, file: BytesIO, allow: Collection[str]) -> None:
         super().__init__(file, encoding="utf-8")
-        self._allowed = _PASSED_OVER | set(allow)
+        self._allow = allow
 
     def find_class(self, module: str, name: str) -> Any:
         full = f"{module}.{name}"
@@ -419,7 +382,7 @@ class _Unpickler(pickle.Unpickler):
         if name.endswith("Storage") and module.split(".")[0] == "torch":
             word = name.removesuffix("Storage")
             return _STORAGES.get(word, word.lower())
-        if self._allowed.isdisjoint((full, module, module.split(".")[0])):
+        if not _PASSED_OVER.fullmatch(full) and module not in self._allow:
             raise pickle.UnpicklingError(
                 f"a pickle that names {full}, which is refused since it may be hostile; nothing of it has been run. "
                 f"Where it is known to be harmless: --allow {module}"
@@ -436,20 +399,22 @@ class _Archive:
 
     def __init__(self, file: Path, start: int, end: int, allow: Collection[str]) -> None:
         self.file = file
-        if (size := file.stat().st_size) < end or start >= end:
-            raise ValueError(f"{file} must have at least {end} bytes, got {size}: it is truncated")
         first = start - start % mmap.ALLOCATIONGRANULARITY
         with file.open("rb") as opened:
-            window = mmap.mmap(opened.fileno(), end - first, access=mmap.ACCESS_READ, offset=first)
-        with window, ZipFile(window) as archive:  # type: ignore[call-overload]
+            try:
+                window = mmap.mmap(opened.fileno(), end - first, access=mmap.ACCESS_READ, offset=first)
+                archive = ZipFile(window)  # type: ignore[call-overload]
+            except (BadZipFile, ValueError) as error:
+                raise ValueError(f"{file} must be a sound archive of torch.save, got: {error}") from error
+        with window, archive:
             names = [name for name in archive.namelist() if re.fullmatch(r"[^/]*/data\.pkl", name)]
             if len(names) != 1 or any(info.compress_type != ZIP_STORED for info in archive.infolist()):
                 raise ValueError(f"{file} must be what torch.save wrote, got an archive of {archive.namelist()[:3]}")
             self.root = names[0].removesuffix("data.pkl")
             self.records: dict[str, tuple[int, int]] = {}  # where each begins in the file, and its length
             for info in archive.infolist():
-                name_length, extra_length = struct.unpack_from("<HH", window, info.header_offset + 26)
-                begins = first + info.header_offset + 30 + name_length + extra_length
+                names_length, extra_length = struct.unpack_from("<HH", window, info.header_offset + 26)
+                begins = first + info.header_offset + 30 + names_length + extra_length
                 self.records[info.filename] = (begins, info.file_size)
             begins, length = self.records[names[0]]
             self.pickle = window[begins - first : begins - first + length]
@@ -457,18 +422,14 @@ class _Archive:
 
     def stored(self, tensor: _Tensor) -> Stored:
         begins, length = self.records[f"{self.root}data/{tensor.key}"]
-        if tensor.dtype in _FLOATS and all(tensor.shape):
-            steps = (step * (size - 1) for step, size in zip(tensor.stride, tensor.shape, strict=True))
-            itemsize = _FLOATS[tensor.dtype].itemsize
-            if (
-                tensor.offset < 0
-                or min(tensor.stride, default=0) < 0
-                or ((tensor.offset + sum(steps) + 1) * itemsize > length)
-            ):
+        if tensor.dtype in _FLOATS:
+            span = sum(step * (size - 1) for step, size in zip(tensor.stride, tensor.shape, strict=True))
+            last = (tensor.offset + span + 1) * (itemsize := _FLOATS[tensor.dtype].itemsize)
+            if min(tensor.offset, *tensor.stride, *tensor.shape) < 0 or (last > length and all(tensor.shape)):
                 raise ValueError(f"a tensor of {self.file} must be within its storage, got {tensor}")
             begins += tensor.offset * itemsize
-        blocks = [Block(self.file, begins, tensor.shape, tensor.stride, (0,) * len(tensor.shape))]
-        return Stored(tensor.dtype, tensor.shape, lambda: blocks)
+        block = Block(self.file, begins, tensor.shape, tensor.stride, (0,) * len(tensor.shape))
+        return Stored(tensor.dtype, tensor.shape, partial(list, [block]))
 
 
 # --- which of them are matrices ----------------------------------------------------------------------------------
@@ -561,13 +522,11 @@ def build(source: str | Path) -> nn.Module:
     path = Path(source)
     if path.exists():
         return _build_transformer(path if path.is_dir() else path.parent)
-    module, colon, name = str(source).partition(":")
+    module, _, name = str(source).partition(":")
     sys.path[:] = ["", *(entry for entry in sys.path if entry)]  # as for `python -m`
     try:
-        if not colon:
-            raise ImportError("no colon")
         factory = getattr(importlib.import_module(module), name)
-    except (ImportError, AttributeError) as error:
+    except (ImportError, AttributeError, ValueError) as error:
         raise ValueError(f"model must be package.module:function or a config.json, got {source!r}: {error}") from error
     with torch.device("meta"):
         model = factory()
@@ -579,8 +538,8 @@ def build(source: str | Path) -> nn.Module:
 def _build_transformer(folder: Path) -> nn.Module:
     try:
         transformers = importlib.import_module("transformers")
-        settings = _json((folder / "config.json").read_bytes(), folder / "config.json")
-        model_class = getattr(transformers, (settings.get("architectures") or ["?"])[0])
+        (name,) = _json((folder / "config.json").read_bytes(), folder / "config.json")["architectures"]
+        model_class = getattr(transformers, name)
         config = model_class.config_class.from_pretrained(folder)
         with torch.device("meta"):
             model: nn.Module = model_class(config)
@@ -731,9 +690,7 @@ def restore_copy(source: str | Path, target: str | Path, rule: Rule = "msign", *
     copy = target.with_name(f".{target.name}.{os.getpid()}.tmp")
     try:
         if source.is_dir():
-            shutil.copytree(
-                source, copy, copy_function=shutil.copyfile
-            )  # without permissions, which may forbid writing
+            shutil.copytree(source, copy, copy_function=shutil.copyfile)  # without the permissions of files
             copy.chmod(0o755)
         else:
             shutil.copyfile(source, copy)
@@ -802,7 +759,7 @@ def _add_note_to_archive(file: Path, text: str, note: Mapping[str, Any], allow: 
         for info in archive.infolist():
             info.CRC = sums[info.filename]
         archive.writestr(f"{made.root}msign.json", text)
-        if _find_state(made.content)[0]:  # a state dict of its own has no room
+        if _find_state(made.content)[0] and made.pickle.startswith(b"\x80\x02"):  # a mere state dict has no room
             name = f"{made.root}data.pkl"
             archive.filelist.remove(archive.NameToInfo.pop(name))
             # One more item for the mapping, which is all there is on the stack when a pickle stops.

@@ -7,6 +7,7 @@ import math
 import os
 import re
 import runpy
+import shlex
 import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
@@ -122,7 +123,7 @@ def inspect(
         print("not all checkpoints say their step: they are numbered in the order given")
     print(*verdict, sep="\n")
     for path, reason in failed.items():
-        print(f"left out: {path}: {reason}", file=sys.stderr)
+        print(f"not read: {path}: {reason}", file=sys.stderr)
     for file, write in ((csv, _write_csv), (json, _write_json), (png, _write_png), (html, _write_html)):
         if file is not None:
             write(looks, verdict, file)
@@ -162,7 +163,7 @@ def _verdict(looks: Sequence[Look]) -> list[str]:
     good = looks[first - 1].path if first else None
     lines.append(f"last checkpoint before it: {good}" if good else "no checkpoint before it")
     if good:
-        lines.append(f"to go on from there: msign restore {good} <new>, and a lower learning rate")
+        lines.append(f"to go on from there: msign restore {shlex.quote(str(good))} NEW")
     return lines
 
 
