@@ -17,7 +17,7 @@ help:
 	@echo "make test-newest  the tests that need no Composer, with torch $(TORCH_NEWEST)"
 	@echo "make check        ruff and mypy"
 	@echo "make docs         the site, strictly, into site/; it needs none of the other environments"
-	@echo "make bench        the cost of one application and of monitoring, and what a second worker brings"
+	@echo "make bench        the cost of an application, of MSign in a run, of monitoring; what processes and workers share"
 	@echo "make gpu          GPU tests and benchmarks with the current '$(PYTHON)', nothing installed"
 	@echo "make wheel        build sdist and wheel into dist/"
 
@@ -56,12 +56,15 @@ docs: $(VENV_DOCS)/.installed
 
 bench: $(VENV)/.installed
 	$(BIN)/python -m benchmarks.application
+	$(BIN)/python -m benchmarks.overhead
+	$(BIN)/python -m benchmarks.sharing
 	$(BIN)/python -m benchmarks.monitoring
 	$(BIN)/python -m benchmarks.workers
 
 gpu:
 	$(PYTHON) -m pytest -m gpu tests/test_linalg_cuda.py tests/test_restoration_cuda.py tests/test_monitor_cuda.py
 	$(PYTHON) -m benchmarks.application
+	$(PYTHON) -m benchmarks.overhead
 	$(PYTHON) -m benchmarks.monitoring
 
 wheel: $(VENV)/.installed

@@ -17,7 +17,7 @@ from pathlib import Path
 import torch
 from tqdm import tqdm
 
-from benchmarks.application import keep, median_ratio, take_turns
+from benchmarks.common import keep, median_ratio, take_turns
 from msign_lightning.monitor import READ_INTERVAL, Monitor, grad_norm
 from msign_lightning.recipes.module import LanguageModel
 from msign_lightning.recipes.provenance import provenance

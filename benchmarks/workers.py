@@ -19,7 +19,7 @@ from typing import NamedTuple
 import optuna
 from optuna.trial import TrialState
 
-from benchmarks.application import keep
+from benchmarks.common import keep
 from msign_lightning.ablations.ledger import load
 from msign_lightning.ablations.runner import run
 from msign_lightning.ablations.storage import reading

@@ -3,23 +3,15 @@
 Before a collapse they gather on one side. A measurement needs a `Spectrum` of the same weights::
 
     targets = select_targets(model)
-    spectra, alignment, detector = SpectrumMonitor(targets), SpectralAlignment(model, targets), CollapseDetector()
-
-    spectrum = spectra.measure()
-    with alignment.armed(spectrum):
+    spectra, alignment = SpectrumMonitor(targets), SpectralAlignment(model, targets)
+    with alignment.armed(spectra.measure()):
         loss = model(batch).loss
-    alarms = detector.update(
-        step,
-        loss=loss.item(),
-        stable_ranks={m.name: m.stable_rank for m in spectrum.matrices},
-        sign_diversity={m.name: m.sign_diversity for m in alignment.result().matrices},
-    )
+    metrics = alignment.result().metrics()
 """
 
 from __future__ import annotations
 
 import math
-from bisect import bisect_left
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass, replace
@@ -35,7 +27,7 @@ from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
 
 from msign_lightning.jacobian import uncompiled
 from msign_lightning.matrices import gather
-from msign_lightning.spectrum import Spectrum
+from msign_lightning.spectrum import Spectrum, summarised
 from msign_lightning.targets import Group, Target
 
 __all__ = ["Alignment", "MatrixAlignment", "SpectralAlignment"]
@@ -43,32 +35,22 @@ __all__ = ["Alignment", "MatrixAlignment", "SpectralAlignment"]
 # Cosines are counted between these edges, finest around zero, where those of healthy layers lie (std 1/√n).
 _BINS = 128
 _EDGES = tuple((2 * i / _BINS - 1) ** 3 for i in range(_BINS + 1))
+_GAP = 0.05  # v₁ counts as undefined unless σ₂ < (1 − gap) σ₁
 _MAX_COSINES = 2**24  # 64 MB in fp32: so many are kept before they are counted
-_QUANTILES = (0.05, 0.25, 0.5, 0.75, 0.95)
 
 
 class MatrixAlignment(NamedTuple):
     """How the inputs of one matrix lie to its top right singular vector v₁, whose own sign is arbitrary.
 
-    With p the share of tokens x that have v₁ᵀx > 0, all NaN if v₁ was undefined or no token was seen:
-
-    Attributes:
-        name: Name of the matrix.
-        group: Its group.
-        tokens: How many tokens were seen.
-        majority_fraction: max(p, 1 − p): 0.5 in health, 1 when collapsed.
-        sign_diversity: 2 min(p, 1 − p): 1 in health, 0 when collapsed.
-        mean: Mean of the cosines v₁ᵀx / ‖x‖.
-        quantiles: Their 5, 25, 50, 75 and 95 % quantiles, interpolated between the edges of bins.
+    `sign_diversity` is 2 min(p, 1 − p), where p is the share of tokens x that have v₁ᵀx > 0: 1 in health, 0 when
+    collapsed. `mean` is that of the cosines v₁ᵀx / ‖x‖. Both are NaN if v₁ was undefined or no token was seen.
     """
 
     name: str
     group: Group
     tokens: int
-    majority_fraction: float
     sign_diversity: float
     mean: float
-    quantiles: tuple[float, ...]
 
 
 @dataclass(frozen=True, eq=False)
@@ -111,16 +93,11 @@ class Alignment:
     def metrics(self, *, per_matrix: bool = False) -> dict[str, float]:
         """Summaries over the matrices whose v₁ was defined, for any logger, and on request values per matrix.
 
-        They are `sign_diversity/min` and `sign_diversity/mean`, over all and per group (`sign_diversity/<group>/min`),
-        and `spectral_alignment/masked`, the number of matrices left out.
+        They are `sign_diversity/min` and `/mean`, over all and per group (`sign_diversity/<group>/min`), and
+        `spectral_alignment/masked`, the number of matrices left out.
         """
         sound = [m for m in self.matrices if not math.isnan(m.mean)]
-        metrics = {}
-        for group in ("", *sorted({m.group for m in sound})) if sound else ():
-            diversities = [m.sign_diversity for m in sound if group in ("", m.group)]
-            prefix = f"sign_diversity/{group}/" if group else "sign_diversity/"
-            metrics[f"{prefix}min"] = min(diversities)
-            metrics[f"{prefix}mean"] = fmean(diversities)
+        metrics = summarised(sound, "sign_diversity", min=min, mean=fmean)
         metrics["spectral_alignment/masked"] = float(len(self.matrices) - len(sound))
         if per_matrix:
             metrics |= {f"sign_diversity/{m.name}": m.sign_diversity for m in sound}
@@ -128,62 +105,39 @@ class Alignment:
         return metrics
 
 
-def _describe(name: str, group: Group, counts: Sequence[float], total: float, defined: bool) -> MatrixAlignment:
+def _describe(name: str, group: Group, counts: Sequence[int], total: float, defined: bool) -> MatrixAlignment:
     tokens = counts[-1]
     if not (defined and tokens):
-        return MatrixAlignment(name, group, int(tokens), math.nan, math.nan, math.nan, (math.nan,) * len(_QUANTILES))
+        return MatrixAlignment(name, group, tokens, math.nan, math.nan)
     negative = counts[_BINS // 2] / tokens
-    minority = min(negative, 1 - negative)
-    quantiles = tuple(_quantile(counts, q * tokens) for q in _QUANTILES)
-    return MatrixAlignment(name, group, int(tokens), 1 - minority, 2 * minority, total / tokens, quantiles)
-
-
-def _quantile(counts: Sequence[float], rank: float) -> float:
-    """The cosine that `rank` tokens do not exceed, from their cumulative counts."""
-    i = max(bisect_left(counts, rank), 1)
-    below, above = counts[i - 1], counts[i]
-    part = min(max((rank - below) / (above - below), 0.0), 1.0) if above > below else 0.0
-    return _EDGES[i - 1] + part * (_EDGES[i] - _EDGES[i - 1])
-
-
-class _Layer(NamedTuple):
-    """A linear layer with the rows of the result that its targets have, several where it is fused."""
-
-    module: nn.Module
-    rows: list[int]
-    side: int  # which of (u, v) takes the inputs: the weight of `Conv1D` is (in, out)
+    return MatrixAlignment(name, group, tokens, 2 * min(negative, 1 - negative), total / tokens)
 
 
 class SpectralAlignment:
     r"""Cosines between the inputs of linear layers and the top right singular vectors of their weights.
 
     For y = W x with W = U S V^T of shape (out, in), each token x gives :math:`v_1^\top x / \|x\|` (arXiv 2510.04202).
-    In a healthy layer both signs occur; nearly all tokens on one side warn of a collapse. A fused layer is taken apart:
-    Q, K and V have a v₁ each. Where an application of MSign, or anything else, has left no gap at the top of the
-    spectrum, v₁ is arbitrary and the matrix is masked.
+    In a healthy layer both signs occur; nearly all tokens on one side warn of a collapse. Q, K and V of a fused layer
+    have a v₁ each. Where σ₂ is above 0.95 σ₁, as after an application of MSign, v₁ is arbitrary and the matrix is
+    masked.
 
     Hooks exist only while armed, count only in training mode, leave inputs and outputs alone, and ignore what
     activation checkpointing runs again in the backward pass, so arming may last as long as the step. A compiled model
-    runs uncompiled while it is armed (`torch.compiler.set_stance`), which no later step notices: no graph is compiled
-    anew. Such a step takes the time and the memory of an uncompiled one.
+    runs uncompiled while it is armed, in the time and memory that this takes; no graph is compiled anew.
 
-    Every rank counts its own tokens; see `Alignment.all_reduce`. Padding counts as any token; tokens that are zero or
-    not finite don't count.
+    Every rank counts its own tokens; see `Alignment.all_reduce`. Padding counts; tokens that are zero or not finite
+    don't.
 
     Args:
         model: The model, as it is trained.
         targets: What `select_targets` gave. Only weights of linear layers (`nn.Linear`, and `Conv1D` of Hugging Face)
             that are whole or cut by outputs are taken.
-        gap: v₁ counts as undefined unless σ₂ < (1 − gap) σ₁.
 
     Raises:
-        ValueError: `gap` is out of its range, or no target is a weight of a linear layer.
+        ValueError: No target is a weight of a linear layer.
     """
 
-    def __init__(self, model: nn.Module, targets: Sequence[Target], *, gap: float = 0.05) -> None:
-        if not 0 < gap < 1:
-            raise ValueError(f"gap must be between 0 and 1, got {gap!r}")
-        self.gap = gap
+    def __init__(self, model: nn.Module, targets: Sequence[Target]) -> None:
         owners = _linear_owners(model)
         self.targets = [t for t in targets if t.parameter in owners and _sees_whole_inputs(t, owners[t.parameter][0])]
         if not self.targets:
@@ -191,8 +145,10 @@ class SpectralAlignment:
                 "targets must choose at least one weight of a linear layer (nn.Linear or Conv1D), "
                 f"got {', '.join(t.name for t in targets[:3])}"
             )
+        # Layers with the rows of the result that their targets have, several where one is fused, and which of (u, v)
+        # takes the inputs: the weight of `Conv1D` is (in, out).
         self._layers = [
-            _Layer(module, [i for i, t in enumerate(self.targets) if t.parameter is parameter], 1 - _is_conv1d(module))
+            (module, [i for i, t in enumerate(self.targets) if t.parameter is parameter], 1 - _is_conv1d(module))
             for parameter in dict.fromkeys(t.parameter for t in self.targets)
             for module in owners[parameter]
         ]
@@ -221,18 +177,17 @@ class SpectralAlignment:
             ValueError: The measurement lacks one of `targets`.
         """
         index_of = {name: i for i, name in enumerate(spectrum.names)}
-        for target in self.targets:
-            if target.name not in index_of:
-                raise ValueError(f"spectrum must hold every target of the alignment, got none of {target.name}")
+        if missing := [target.name for target in self.targets if target.name not in index_of]:
+            raise ValueError(f"spectrum must hold every target of the alignment, got none of {missing[0]}")
         self.disarm()
         order = [index_of[target.name] for target in self.targets]
-        self._defined = spectrum.has_gap(self.gap)[order]
+        self._defined = spectrum.has_gap(_GAP)[order]
         self._cosines, self._uncounted, self._counts = [], 0, {}
         with ExitStack() as stack:
-            for layer in self._layers:
-                vectors = torch.stack([spectrum.vectors[order[row]][layer.side] for row in layer.rows])
-                hook = partial(self._hook, layer.rows, vectors)
-                stack.callback(layer.module.register_forward_pre_hook(hook, with_kwargs=True).remove)
+            for layer, rows, side in self._layers:
+                vectors = torch.stack([spectrum.vectors[order[row]][side] for row in rows])
+                hook = partial(self._hook, rows, vectors)
+                stack.callback(layer.register_forward_pre_hook(hook, with_kwargs=True).remove)
             stack.enter_context(uncompiled())
             self._armed = stack.pop_all()
 
@@ -259,10 +214,9 @@ class SpectralAlignment:
             alike.setdefault((cosines.size(1), cosines.dtype, cosines.device), []).append((rows, cosines))
         self._cosines, self._uncounted = [], 0
         for group in alike.values():
-            cumulative, sums = _cosine_counts(torch.cat([cosines for _, cosines in group]))
-            for row, counts, total in zip(
-                chain.from_iterable(rows for rows, _ in group), cumulative, sums, strict=True
-            ):
+            all_rows = [row for rows, _ in group for row in rows]
+            counted = _cosine_counts(torch.cat([cosines for _, cosines in group]))
+            for row, counts, total in zip(all_rows, *counted, strict=True):
                 old = self._counts.get(row)
                 self._counts[row] = (counts, total) if old is None else (old[0] + counts, old[1] + total)
 
@@ -277,10 +231,9 @@ class SpectralAlignment:
         self._count()
         device = self._defined.device
         none = (torch.zeros(_BINS + 1, dtype=torch.long, device=device), torch.zeros((), device=device))
-        counted = [self._counts.get(row, none) for row in range(len(self.targets))]
-        cumulative = torch.stack([counts.to(device) for counts, _ in counted])
-        sums = torch.stack([total.to(device) for _, total in counted])
-        names, groups = (tuple(t.name for t in self.targets), tuple(t.group for t in self.targets))
+        counted = zip(*(self._counts.get(row, none) for row in range(len(self.targets))), strict=True)
+        cumulative, sums = (torch.stack([value.to(device) for value in values]) for values in counted)
+        names, groups = zip(*((t.name, t.group) for t in self.targets), strict=True)
         return Alignment(names, groups, cumulative, sums, self._defined)
 
 
@@ -290,10 +243,9 @@ def _linear_owners(model: nn.Module) -> dict[nn.Parameter, list[nn.Module]]:
     for module in model.modules():
         # nn.MultiheadAttention reads the weight of its output layer, and never calls the layer.
         is_called = not isinstance(module, NonDynamicallyQuantizableLinear)
-        if (isinstance(module, nn.Linear) or _is_conv1d(module)) and is_called:
-            weight = getattr(module, "weight", None)
-            if isinstance(weight, nn.Parameter):
-                owners.setdefault(weight, []).append(module)
+        is_linear = is_called and (isinstance(module, nn.Linear) or _is_conv1d(module))
+        if is_linear and isinstance(weight := getattr(module, "weight", None), nn.Parameter):
+            owners.setdefault(weight, []).append(module)
     return owners
 
 
@@ -312,11 +264,8 @@ def _cosines(x: Tensor, vectors_PD: Tensor) -> Tensor:
     x_TD = gather(x).reshape(-1, x.size(-1))
     x_TD = x_TD.to(torch.promote_types(x_TD.dtype, torch.float32))
     norms_T = torch.linalg.vector_norm(x_TD, dim=-1).nan_to_num_(math.nan, math.nan)  # infinity becomes NaN
-    with (
-        torch.autocast(x_TD.device.type, enabled=False)
-        if torch.is_autocast_enabled(x_TD.device.type)
-        else nullcontext()
-    ):
+    kind = x_TD.device.type
+    with torch.autocast(kind, enabled=False) if torch.is_autocast_enabled(kind) else nullcontext():
         cosines_PT: Tensor = vectors_PD.to(x_TD) @ x_TD.mT / norms_T
     return cosines_PT
 

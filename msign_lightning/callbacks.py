@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from functools import partial
 from typing import Any, cast
 
-import lightning.pytorch as pl
+from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.callbacks import Callback, StochasticWeightAveraging, WeightAveraging
 from lightning.pytorch.loggers import TensorBoardLogger
 from lightning.pytorch.strategies import DeepSpeedStrategy, FSDPStrategy
@@ -46,20 +46,18 @@ class MSignCallback(RestorationShell, Callback):
         """
         return self._generate_state_key(**self.arguments())
 
-    def on_fit_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+    def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Selects the targets and hooks into the optimizers, which exist by now."""
         _refuse_flat_weights(self, trainer)
         is_new = trainer.ckpt_path is None and trainer.global_step == 0
         steps = [] if is_new else self._count()
         rank_zero_info(self._start(pl_module, trainer.optimizers, steps, _sink(trainer)))
 
-    def on_fit_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+    def on_fit_end(self, *args: Any, **kwargs: Any) -> None:
         """Lets go of the optimizers and of the model; the count stays, for another fit."""
         self._stop()
 
-    def on_exception(self, trainer: pl.Trainer, pl_module: pl.LightningModule, exception: BaseException) -> None:
-        """Lets go likewise: after an exception no other hook of the end is called."""
-        self._stop()
+    on_exception = on_fit_end  # no other hook of the end is called
 
     def state_dict(self) -> dict[str, Any]:
         """The number of completed optimizer steps, per optimizer."""
@@ -71,9 +69,7 @@ class MSignCallback(RestorationShell, Callback):
         if self._restoration is not None:
             self._restoration.load_state_dict(state_dict)
 
-    def on_load_checkpoint(
-        self, trainer: pl.Trainer, pl_module: pl.LightningModule, checkpoint: dict[str, Any]
-    ) -> None:
+    def on_load_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
         """Takes over the trainer's count; `load_state_dict`, called next, knows the exact one if it was saved."""
         optimizers = max(1, len(checkpoint.get("optimizer_states", ())))
         self.load_state_dict({"steps": [checkpoint["global_step"] // optimizers] * optimizers})
@@ -106,7 +102,7 @@ class StabilityMonitor(MonitorShell, Callback):
         """One key per subject, so that a checkpoint holds the states of several monitors."""
         return self._generate_state_key(**self.subject)
 
-    def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Selects what to measure; by now the optimizers exist and a checkpoint has been loaded."""
         _refuse_flat_weights(self, trainer)
         self._has_tried, self._losses = False, []
@@ -114,22 +110,17 @@ class StabilityMonitor(MonitorShell, Callback):
         steps = trainer.global_step // len(optimizers)
         rank_zero_info(self._start(pl_module, optimizers[0], steps, _sink(trainer)))
 
-    def on_train_batch_start(
-        self, trainer: pl.Trainer, pl_module: pl.LightningModule, batch: Any, batch_idx: int
-    ) -> None:
-        """Measures the weights, if that is due, and prepares to measure the forward passes."""
+    def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
         self._begin_batch()
 
-    def on_before_optimizer_step(
-        self, trainer: pl.Trainer, pl_module: pl.LightningModule, optimizer: Optimizer
-    ) -> None:
+    def on_before_optimizer_step(self, trainer: Trainer, pl_module: LightningModule, optimizer: Optimizer) -> None:
         """Takes the norm of the gradients, which are not yet clipped."""
         if optimizer is trainer.optimizers[0]:
             self._has_tried = True
             self._take_gradients(optimizer, lambda: gradient_scale(trainer, optimizer))
 
     def on_train_batch_end(
-        self, trainer: pl.Trainer, pl_module: pl.LightningModule, outputs: Any, batch: Any, batch_idx: int
+        self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
         """Takes note of the optimizer step, if there was one in this batch."""
         loss = outputs.get("loss") if isinstance(outputs, Mapping) else outputs
@@ -143,13 +134,11 @@ class StabilityMonitor(MonitorShell, Callback):
         self._has_tried, self._losses = False, []
         self._end_batch(mean)
 
-    def on_fit_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        """Reads the last losses and lets go of model and optimizer."""
+    def on_fit_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         self._finish()
 
-    def on_exception(self, trainer: pl.Trainer, pl_module: pl.LightningModule, exception: BaseException) -> None:
-        """Lets go likewise: after an exception no other hook of the end is called."""
-        self._stop()
+    def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
+        self._stop()  # no other hook of the end is called
 
     def state_dict(self) -> dict[str, Any]:
         """What exact resumption needs: steps counted, active alarms, recent losses, and two vectors per matrix."""
@@ -159,9 +148,7 @@ class StabilityMonitor(MonitorShell, Callback):
         """Continues from a saved state, when training starts."""
         self._state = state_dict or None
 
-    def on_load_checkpoint(
-        self, trainer: pl.Trainer, pl_module: pl.LightningModule, checkpoint: dict[str, Any]
-    ) -> None:
+    def on_load_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
         """Forgets an earlier run; `load_state_dict`, called next, knows this one if its state was saved."""
         self._state = None
 
@@ -169,18 +156,14 @@ class StabilityMonitor(MonitorShell, Callback):
 class SpikeNoMoreCallback(SpikeNoMoreSettings, Callback):
     """Prepares a new model for stable pre-training (Spike No More, arXiv 2312.16903).
 
-    *Small sub-layers*: before fitting, the token embedding (of width d) and the matrices of attention and MLP are drawn
-    from N(0, 2/(5d)), with W_O and the MLP's W_2 divided by √(2N) for N layers. *Large shortcut*: the embedding's
-    output is multiplied by √d, or normalised.
+    Weights are drawn from N(0, 2/(5d)), W_O and the MLP's W_2 divided by √(2N) for N layers, and the embedding's output
+    is made large; see `spike_no_more_`.
 
     It happens in `setup`: before a checkpoint (`ckpt_path`) is loaded, whose weights hence stay, before the optimizers
     are made and before the model is sharded. The shortcut is no part of a checkpoint, so every trainer that loads or
     evaluates one needs this callback too. A model that holds trained weights when it is given to the trainer needs
-    `init=False`. Either half is done at most once to a model, however often it is fitted.
-
-    The weights are drawn from the global generator, hence governed by `seed_everything`; a resumed run draws as many.
-
-    A model that is built in `configure_model` does not exist in time: call `spike_no_more_` at the end of that hook.
+    `init=False`. A resumed run draws from the generator as many numbers as a new one. A model that is built in
+    `configure_model` does not exist in time: call `spike_no_more_` at the end of that hook.
 
     Example::
 
@@ -191,8 +174,7 @@ class SpikeNoMoreCallback(SpikeNoMoreSettings, Callback):
             be identified, or a callback that averages weights comes before this one.
     """
 
-    def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
-        """Prepares the model."""
+    def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         callbacks: list[Callback] = cast(Any, trainer).callbacks
         for callback in callbacks[: callbacks.index(self)]:
             if isinstance(callback, (WeightAveraging, StochasticWeightAveraging)):
@@ -205,7 +187,7 @@ class SpikeNoMoreCallback(SpikeNoMoreSettings, Callback):
             # The weights in hand may be new or trained: a fit that follows may still draw them.
             add_shortcut_(pl_module, self.shortcut, embedding=self.embedding)
 
-    def on_validation_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+    def on_validation_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Sees to it that weights which the trainer has loaded to evaluate them stay, if it fits them later."""
         if trainer.ckpt_path is not None:
             spike_no_more_(pl_module, self.shortcut, init=False, embedding=self.embedding)
@@ -213,7 +195,7 @@ class SpikeNoMoreCallback(SpikeNoMoreSettings, Callback):
     on_test_start = on_predict_start = on_validation_start
 
 
-def gradient_scale(trainer: pl.Trainer, optimizer: Optimizer) -> float:
+def gradient_scale(trainer: Trainer, optimizer: Optimizer) -> float:
     """What the gradients are still multiplied by in `on_before_optimizer_step`.
 
     Lightning has unscaled them by then, but for those of fused optimizers, which unscale by themselves, later.
@@ -223,7 +205,7 @@ def gradient_scale(trainer: pl.Trainer, optimizer: Optimizer) -> float:
     return float(scaler.get_scale()) if scaler is not None and is_scaled else 1.0
 
 
-def _refuse_flat_weights(callback: Callback, trainer: pl.Trainer) -> None:
+def _refuse_flat_weights(callback: Callback, trainer: Trainer) -> None:
     if isinstance(trainer.strategy, (DeepSpeedStrategy, FSDPStrategy)):
         raise RuntimeError(
             f"{type(callback).__name__} does not support {type(trainer.strategy).__name__}, which flattens the "
@@ -231,7 +213,7 @@ def _refuse_flat_weights(callback: Callback, trainer: pl.Trainer) -> None:
         )
 
 
-def _sink(trainer: pl.Trainer) -> Sink:
+def _sink(trainer: Trainer) -> Sink:
     def write(metrics: dict[str, float], step: int) -> None:
         for logger in trainer.loggers:
             logger.log_metrics(metrics, step=step)

@@ -20,14 +20,9 @@ _STABLE_RANK_MARGIN = 1.02  # power iteration overstates the stable rank by up t
 
 
 class Alarm(NamedTuple):
-    """One sign of a collapse.
+    """One sign of a collapse, on "loss", "grad_norm" or a matrix; see `CollapseDetector`.
 
-    Attributes:
-        kind: Which one; see `CollapseDetector`.
-        step: The step of the update that raised it.
-        name: "loss", "grad_norm", or the name of a matrix.
-        value: The value that raised it.
-        threshold: What the value crossed; infinity where it was not finite.
+    `threshold` is what the value crossed; infinity where it was not finite.
     """
 
     kind: AlarmKind
@@ -41,32 +36,22 @@ class CollapseDetector:
     """Turns what is measured into alarms, each raised once and again only after it has cleared.
 
     - "non_finite": a loss, gradient norm or stable rank is NaN or infinite.
-    - "loss_spike": the loss is more than `spike` above the median of the last 201.
+    - "loss_spike": the loss is more than `spike` nats above the median of the last 201. For batches of millions of
+      tokens, which scatter little, 0.1 is usual.
     - "loss_outlier": the loss is more than `z_score` standard deviations above the mean of the last 1000 (OLMo 2, arXiv
       2501.00656).
-    - "stall": the median of the last 201 losses is more than `stall` above its own lowest value so far.
+    - "stall": the median of the last 201 losses is more than `stall` nats above its own lowest value so far.
     - "stable_rank": that of a matrix is below 1.02 `stable_rank`, since estimates are up to 2 % high.
-    - "sign_diversity": that of a matrix is below `sign_diversity`.
+    - "sign_diversity": that of a matrix is below `sign_diversity`, at most ½. It is off by default, for in the runs of
+      benchmarks/early_warning.py it warned of healthy training, too.
 
-    The last two are raised, for each such matrix, only when at least `share` of the matrices of the update are low: in
-    healthy runs some matrices always are.
+    The last two are raised, for each such matrix, only when at least `share`, above 0 and at most 1, of the matrices of
+    the update are low: in healthy runs some always are. Zero matrices and masked (NaN) sign diversities don't count.
 
     An alarm clears when the value is finite again; when at most half of the loss's excess is left; when the stable rank
-    is above 1.1 times its threshold; when the sign diversity is above twice its own.
+    is above 1.1 times its threshold; when the sign diversity is above twice its own. A threshold of None turns it off.
 
-    A loss is compared with those before it, non-finite ones left out, as soon as a tenth of the window is filled, for
-    "stall" all of it. Zero matrices and masked (NaN) sign diversities raise nothing, and don't count for the share.
-
-    A threshold of None turns its alarm off.
-
-    Args:
-        spike: Nats above the rolling median; 0.1 is usual for batches of millions of tokens, which scatter little.
-        z_score: Standard deviations above the rolling mean.
-        stall: Nats by which the smoothed loss may exceed its best.
-        stable_rank: Lowest healthy stable rank.
-        sign_diversity: Lowest healthy sign diversity, between 0 and ½; off by default, for in the runs of
-            benchmarks/early_warning.py it warned of healthy training, too.
-        share: Share of the matrices that must be low at once, above 0 and at most 1.
+    A loss is compared with the finite ones before it, once a tenth of the window is filled, for "stall" all of it.
 
     Raises:
         ValueError: A threshold is out of its range.
@@ -82,10 +67,8 @@ class CollapseDetector:
         sign_diversity: float | None = None,
         share: float = 0.5,
     ) -> None:
-        _check_threshold("spike", spike)
-        _check_threshold("z_score", z_score)
-        _check_threshold("stall", stall)
-        _check_threshold("stable_rank", stable_rank)
+        for name, value in (("spike", spike), ("z_score", z_score), ("stall", stall), ("stable_rank", stable_rank)):
+            _check_threshold(name, value)
         _check_threshold("sign_diversity", sign_diversity, at_most=0.5)
         if isinstance(share, bool) or not isinstance(share, (int, float)) or not 0 < share <= 1:
             raise ValueError(f"share must be above 0 and at most 1, got {share!r}")
@@ -112,15 +95,10 @@ class CollapseDetector:
     ) -> list[Alarm]:
         """Takes in what was measured at a step; what was not measured changes nothing.
 
-        Args:
-            step: Number of the optimizer step, for the alarms.
-            loss: The training loss.
-            grad_norm: The norm of all gradients, before clipping.
-            stable_ranks: Stable ranks by the name of the matrix.
-            sign_diversity: Sign diversities by the name of the matrix.
+        `grad_norm` is that of all gradients, before clipping; the last two are by the name of the matrix.
 
         Returns:
-            The alarms that are new.
+            The new alarms.
         """
         ranks = stable_ranks or {}
         alarms: list[Alarm] = []
@@ -139,17 +117,10 @@ class CollapseDetector:
         return alarms
 
     def _check_matrices(
-        self,
-        kind: Literal["stable_rank", "sign_diversity"],
-        step: int,
-        values: Mapping[str, float],
-        low: float,
-        clear: float,
+        self, kind: AlarmKind, step: int, values: Mapping[str, float], low: float, clear: float
     ) -> list[Alarm]:
         # A stable rank of zero is a zero matrix; a sign diversity of zero is the lowest there is.
-        sound = {
-            name: value for name, value in values.items() if value > 0 or (value == 0 and kind == "sign_diversity")
-        }
+        sound = {name: v for name, v in values.items() if v > 0 or (v == 0 and kind == "sign_diversity")}
         are_many = sum(value < low for value in sound.values()) >= self.share * len(sound)
         alarms: list[Alarm] = []
         for name, value in sound.items():

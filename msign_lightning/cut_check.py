@@ -36,8 +36,8 @@ def check_cuts(targets: Sequence[Target], model: nn.Module, /, *args: Any, **kwa
     has a derivative with respect to it that isn't zero, as far as the next layer with a matrix. Products within a fused
     kernel other than PyTorch's attention can't be seen.
 
-    A few tokens are enough, but two at least. Put the model in evaluation mode, as its mode stays. Its weights must be
-    whole, and better not zero, for what a zero shuts off isn't seen. They and their gradients stay as they were.
+    A few tokens are enough, but two at least. The model, best in evaluation mode, stays as it was, with its gradients.
+    Its weights must be whole, and better not zero, for what a zero shuts off isn't seen.
 
     Args:
         targets: What `select_targets` gave.
@@ -158,11 +158,9 @@ class _Recorder(TorchDispatchMode):
 
 
 def _run(model: nn.Module, args: Any, kwargs: Any) -> list[_Use]:
-    with ExitStack() as stack:
-        stack.enter_context(torch.set_grad_enabled(True))
-        stack.enter_context(uncompiled())
-        stack.enter_context(sdpa_kernel(SDPBackend.MATH))  # made of products
-        recorder: _Recorder = stack.enter_context(_Recorder())
+    recorder = _Recorder()
+    math = sdpa_kernel(SDPBackend.MATH)  # made of products
+    with torch.set_grad_enabled(True), uncompiled(), math, recorder, ExitStack() as stack:
         for module in model.modules():
             if any(parameter.ndim >= 2 for parameter in module.parameters(recurse=False)):
                 stack.callback(module.register_forward_pre_hook(recorder.enter, with_kwargs=True).remove)

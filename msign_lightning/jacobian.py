@@ -1,8 +1,8 @@
 """How a small change of the hidden states grows from block to block: norms and alignment of the blocks' Jacobians.
 
-MSign (arXiv 2602.01734, Sec. 4.1) explains a collapse by them: once the blocks' norms are large and adjacent blocks are
-aligned, the norms multiply along the depth. No Jacobian is ever formed: from one forward of the model each block gives
-its products J·v and Jᵀ·u, and a few of them give the top singular triplet.
+MSign (arXiv 2602.01734, Sec. 4.1) explains a collapse by them: where blocks of large norms are aligned, the norms
+multiply along the depth. No Jacobian is ever formed: after one forward of the model each block gives its products J·v
+and Jᵀ·u, and a few of them give the top singular triplet.
 """
 
 from __future__ import annotations
@@ -52,23 +52,18 @@ class JacobianReport(NamedTuple):
     def bound(self) -> Tensor:
         """(aM)ᴸ / a with M the least norm and a the least alignment of a sequence, of shape (B,).
 
-        Source: arXiv 2602.01734, Theorem 4.2, which states it as a lower bound of `total`. It is one for two blocks, or
-        if the blocks between the first and the last have rank one. In between it need not be: the proof's Eq. 24 takes
-        the alignment with a block for that with the product of all blocks below, whose minor singular directions can
-        cancel the top one. So read it as an indicator.
+        Source: arXiv 2602.01734, Theorem 4.2, as a lower bound of `total`. It is one for two blocks, or if those in
+        between have rank one; else it is an indicator, for the proof's Eq. 24 takes the alignment with a block for that
+        with the product of all below, whose minor directions can cancel the top one.
         """
-        M, a = self.norms.amin(-1), self.alignments.amin(-1)
-        depth = self.norms.size(-1)
+        M, a, depth = self.norms.amin(-1), self.alignments.amin(-1), self.norms.size(-1)
         return M**depth * a ** (depth - 1)
 
     def metrics(self, *, per_block: bool = False) -> dict[str, float]:
         """The values for a logger, each a geometric mean over the sequences; they reach the host in one copy.
 
-        Summaries come first: `jacobian_norm/min` is M and `jacobian_alignment/min` is a of Theorem 4.2.
-
-        Args:
-            per_block: Whether to add `jacobian_norm/<block>`, and `jacobian_alignment/<block>` of a block with the one
-                before it.
+        Summaries come first: `jacobian_norm/min` is M and `jacobian_alignment/min` is a of Theorem 4.2. `per_block`
+        adds `jacobian_norm/<block>`, and `jacobian_alignment/<block>` of a block with the one before.
         """
         columns: dict[str, Tensor] = {}
         for name, values in (("norm", self.norms), ("alignment", self.alignments)):
@@ -87,18 +82,16 @@ class BlockJacobians:
 
     The Jacobian of a block, attention and MLP with their residuals and norms, is J⁽ˡ⁾ = ∂vec H⁽ˡ⁾ / ∂vec H⁽ˡ⁻¹⁾ at the
     hidden states (B, T, D) of a forward of the model, its other inputs held fixed. Each sequence has its own, of
-    T·D × T·D, and is measured on its own. The model computes as in evaluation, so without dropout, without autocast
-    and not compiled. Its parameters and their gradients, its mode and the random state stay as they were.
+    T·D × T·D. The model computes as in evaluation: without dropout, without autocast, not compiled. Its parameters,
+    their gradients, its mode and the random state stay as they were.
 
-    A norm is estimated from below, by Golub–Kahan–Lanczos iteration: power iteration that keeps its directions, which
-    takes far fewer products where the largest singular values lie close together, as they do in blocks. For k
-    `iterations` that is 2k passes through the blocks and 2k for the total, each of up to the cost of a training step on
-    the measured sequences. The graphs of the blocks and of their backward stay in memory meanwhile, and 2k vectors of
-    the size of the hidden states.
+    A norm is estimated from below, by Golub–Kahan–Lanczos iteration: power iteration that keeps its directions, so that
+    singular values close together, as blocks have them, cost few products. k `iterations` take 2k passes through the
+    blocks and 2k for the total, each of up to the cost of a training step on the measured sequences, and meanwhile the
+    memory of the graphs of the blocks and of their backward, and of 2k vectors of the size of the hidden states.
 
-    A measurement starts at the directions of the one before if the shape of the hidden states is the same. So measure
-    the same sequences each time, and half the default iterations do. Directions are no part of a checkpoint: after a
-    resume the first measurement is a cold one.
+    A measurement starts at the directions of the one before if the hidden states have the same shape. So measure the
+    same sequences each time, and half the default iterations do. A resumed run starts cold.
 
     The model may be bare, compiled or wrapped by DDP. Its weights must be whole, and its blocks twice differentiable,
     which PyTorch's own attention is and fused attention kernels are not.
@@ -120,16 +113,12 @@ class BlockJacobians:
         # DDP would synchronise buffers in a forward that other ranks need not make.
         self._model = model.module if isinstance(model, DistributedDataParallel) else model
         self._blocks = _find_blocks(self._model, [blocks] if isinstance(blocks, str) else blocks)
+        self.blocks = tuple(self._blocks)
         self._iterations = iterations
         self._generator = torch.Generator().manual_seed(0)
         self._directions: list[Tensor] = []
         self._armed = ExitStack()
         self._result: JacobianReport | None = None
-
-    @property
-    def blocks(self) -> tuple[str, ...]:
-        """Names of the blocks."""
-        return tuple(self._blocks)
 
     def measure(self, *args: Any, **kwargs: Any) -> JacobianReport:
         """Measures the Jacobians at one batch, by a forward `model(*args, **kwargs)`; a few sequences are enough.
@@ -142,8 +131,7 @@ class BlockJacobians:
     def arm(self, sequences: int = 2) -> None:
         """Measures at the next forward pass in training mode, right before the module around the blocks runs.
 
-        So a training loop measures its own batches whatever they look like, with the weights of that forward pass. A
-        compiled model runs uncompiled while this is armed.
+        So a training loop measures its own batches, whatever they look like. Compiled code runs uncompiled meanwhile.
 
         Args:
             sequences: Of a batch, that is of every tensor with its leading dimension, so many are measured.
@@ -173,11 +161,10 @@ class BlockJacobians:
 
     def _measure(self, model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> JacobianReport:
         with _undisturbed(self._model):
-            visits = _run(model, self._blocks, args, kwargs)
-            steps = list(visits.values())
-            maps: list[tuple[_Map, _Map]] = [(step.apply, step.apply_transposed) for step in steps]
+            x, jacobians = _run(model, self._blocks, args, kwargs)
+            maps = list(jacobians.values())
             maps.append((partial(_chain, [a for a, _ in maps]), partial(_chain, [t for _, t in maps[::-1]])))
-            starts = self._starts(steps[0].x, len(maps))
+            starts = self._starts(x, len(maps))
             triplets = [_top_triplet(*m, start, self._iterations) for m, start in zip(maps, starts, strict=True)]
         self._directions = [v for _, _, v in triplets]
         *singular, total = (s for _, s, _ in triplets)
@@ -185,7 +172,7 @@ class BlockJacobians:
         # The last triplet is the total's. Vectors mean nothing where the norm is NaN.
         cosines = [(v * u).sum(-1).abs() for (u, _, _), (_, _, v) in pairwise(triplets[:-1])]
         alignments = torch.stack(cosines, -1) + 0 * (norms[:, 1:] + norms[:, :-1])
-        return JacobianReport(tuple(visits), norms, alignments, total)
+        return JacobianReport(tuple(jacobians), norms, alignments, total)
 
     def _starts(self, x: Tensor, count: int) -> list[Tensor]:
         """A start (B, n) for each map; noise is the same for all sequences, so that they don't depend on the batch."""
@@ -243,42 +230,31 @@ def _flat(x: Tensor) -> Tensor:
 # --- the blocks' Jacobians ---------------------------------------------------------------------------------------
 
 
-class _Visit:
-    """The products of one block's Jacobian with vectors (B, n), of the graph that its forward has left.
+def _jacobian(x: Tensor, y: Tensor) -> tuple[_Map, _Map]:
+    """The products of ∂y/∂x and of its transpose with vectors (B, n), of the graph that leads from x to y.
 
-    Forward-mode differentiation would need rules that many layers lack. Backward is linear in what it starts from, so
-    the gradient of Jᵀu with respect to u is J (the "double backward trick").
+    Backward is linear in what it starts from, so the gradient of Jᵀu with respect to u is J (the "double backward
+    trick"). Forward mode would need rules that many layers lack.
     """
+    u = torch.zeros_like(y, requires_grad=True)
+    with torch.set_grad_enabled(True):
+        (transposed,) = torch.autograd.grad(y, x, u, create_graph=True)
+    return partial(_product, transposed, u), partial(_product, y, x)
 
-    def __init__(self, x: Tensor, y: Tensor) -> None:
-        self.x = x
-        self._y = y
-        self._u = torch.zeros_like(y, requires_grad=True)
-        with torch.set_grad_enabled(True):
-            (self._transposed,) = torch.autograd.grad(y, x, self._u, create_graph=True)
 
-    def apply(self, v: Tensor) -> Tensor:
-        return self._product(self._transposed, self._u, v)
-
-    def apply_transposed(self, u: Tensor) -> Tensor:
-        return self._product(self._y, self.x, u)
-
-    @staticmethod
-    def _product(of: Tensor, by: Tensor, with_: Tensor) -> Tensor:
-        (product,) = torch.autograd.grad(of, by, with_.view_as(of).to(of), retain_graph=True)
-        return _flat(product)
+def _product(of: Tensor, by: Tensor, v: Tensor) -> Tensor:
+    (product,) = torch.autograd.grad(of, by, v.view_as(of).to(of), retain_graph=True)
+    return _flat(product)
 
 
 def _run(
-    model: nn.Module, blocks: dict[str, nn.Module], args: tuple[Any, ...], kwargs: dict[str, Any]
-) -> dict[str, _Visit]:
-    """One forward of the model, which records each block's graph from its own hidden states; nothing else has one."""
+    model: nn.Module, blocks: dict[str, nn.Module], args: Any, kwargs: Any
+) -> tuple[Tensor, dict[str, tuple[_Map, _Map]]]:
+    """The hidden states and each block's Jacobian, of one forward in which only blocks have a graph, from their own."""
     inputs: dict[str, Tensor] = {}
-    visits: dict[str, _Visit] = {}
+    jacobians: dict[str, tuple[_Map, _Map]] = {}
 
-    def enter(
-        name: str, block: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
-    ) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    def enter(name: str, block: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
         given: dict[Any, Any] = {**dict(enumerate(args)), **kwargs}
         key = next((k for k, v in given.items() if isinstance(v, Tensor) and v.is_floating_point()), None)
         if key is None:
@@ -296,47 +272,35 @@ def _run(
         shapes = {x.shape for x in inputs.values()}
         if not isinstance(y, Tensor) or {y.shape} != shapes:
             got = tuple(y.shape) if isinstance(y, Tensor) else type(y).__name__
-            raise ValueError(
-                f"blocks must map hidden states to ones of the same shape, got {name} from "
-                f"{tuple(inputs[name].shape)} to {got}"
-            )
-        visits[name] = _Visit(inputs[name], y)
+            change = f"{name} from {tuple(inputs[name].shape)} to {got}"
+            raise ValueError(f"blocks must map hidden states to ones of the same shape, got {change}")
+        jacobians[name] = _jacobian(inputs[name], y)
 
     with ExitStack() as stack:
         for name, block in blocks.items():
-            # As keyword arguments are wanted, the pre-hook's signature is another.
-            before = block.register_forward_pre_hook(partial(enter, name), with_kwargs=True)
-            stack.callback(before.remove)
+            stack.callback(block.register_forward_pre_hook(partial(enter, name), with_kwargs=True).remove)
             stack.callback(block.register_forward_hook(partial(leave, name)).remove)
         model(*args, **kwargs)
-    if missing := blocks.keys() - visits.keys():
+    if missing := blocks.keys() - jacobians.keys():
         raise ValueError(f"blocks must be called once in a forward, got {sorted(missing)} not called")
-    return visits
+    return next(iter(inputs.values())), jacobians
 
 
 @contextmanager
 def _undisturbed(model: nn.Module) -> Iterator[None]:
     """Evaluation mode, plain eager arithmetic without gradients, and all put back afterwards."""
-    modes = {module: module.training for module in model.modules()}
     cuda = {p.device.index for p in model.parameters() if p.is_cuda}
-    with ExitStack() as stack:
+    with torch.random.fork_rng(devices=cuda), uncompiled(), ExitStack() as stack:
         for kind in {p.device.type for p in model.parameters()}:
             stack.enter_context(torch.autocast(kind, enabled=False))
-        stack.enter_context(torch.random.fork_rng(devices=cuda))
-        stack.enter_context(uncompiled())
         stack.enter_context(sdpa_kernel(SDPBackend.MATH))  # the only one that is twice differentiable
         stack.enter_context(torch.inference_mode(False))
         stack.enter_context(torch.no_grad())
-        try:
-            for module in modes:
-                module.training = False  # train() may do more, such as merge the weights of an adapter
-            yield
-        finally:
-            for module, mode in modes.items():
-                module.training = mode
+        for module in model.modules():
+            stack.callback(setattr, module, "training", module.training)
+            module.training = False  # train() may do more, such as merge the weights of an adapter
+        yield
 
-
-# --- uncompiled ---------------------------------------------------------------------------------------------------
 
 _stance = ExitStack()
 _inside = 0
@@ -346,8 +310,7 @@ _inside = 0
 def uncompiled() -> Iterator[None]:
     """Compiled code runs uncompiled within, so that forward hooks are called; no graph is compiled anew.
 
-    `torch.compiler.set_stance` puts back what it found, so two that overlap must end in reverse order. These may end in
-    any order, as hooks do which are armed and disarmed one by one.
+    Unlike those of `torch.compiler.set_stance`, two that overlap may end in any order.
     """
     global _inside
     if not _inside:
@@ -372,16 +335,14 @@ def _find_blocks(model: nn.Module, globs: Sequence[str] | None) -> dict[str, nn.
     if globs is None:
         if len(stacks) != 1:
             found = f"several lists of them, {stacks}" if stacks else "a model without a list of them"
-            raise ValueError(
-                f"blocks must be names or globs of modules, such as 'model.layers.*', got None and {found}"
-            )
+            rule = "blocks must be names or globs of modules, such as 'model.layers.*'"
+            raise ValueError(f"{rule}, got None and {found}")
         globs = stacks
     for glob in globs:
         if not any(fnmatchcase(name, glob) for name in modules):
-            raise ValueError(
-                f"blocks must match modules of the model, got {glob!r}; lists of blocks are {stacks or 'none'}, "
-                f"its children {[name for name, _ in model.named_children()]}"
-            )
+            children = [name for name, _ in model.named_children()]
+            near = f"lists of blocks are {stacks or 'none'}, its children {children}"
+            raise ValueError(f"blocks must match modules of the model, got {glob!r}; {near}")
     chosen: dict[str, nn.Module] = {}
     for name in _outermost([name for name in modules if any(fnmatchcase(name, glob) for glob in globs)]):
         module = modules[name]
@@ -402,10 +363,7 @@ def _innermost_around(model: nn.Module, blocks: Iterable[nn.Module]) -> nn.Modul
 
 
 def _first(batch: int | None, count: int, value: Any) -> Any:
-    """The first `count` sequences of a tensor whose leading dimension is the batch; all of any other value.
-
-    What autocast has rounded becomes float32 again, for a measurement computes without autocast.
-    """
+    """The first `count` sequences of a tensor with the batch in front; in float32 again what autocast has rounded."""
     if not isinstance(value, Tensor):
         return value
     value, kind = value.detach(), value.device.type
@@ -416,9 +374,8 @@ def _first(batch: int | None, count: int, value: Any) -> Any:
 
 def _is_stack(module: nn.Module) -> bool:
     """Whether it is a list of blocks: two members or more, with two matrices or more each."""
-    if not isinstance(module, (nn.ModuleList, nn.Sequential)) or len(module) < 2:
-        return False
-    return all(sum(p.ndim >= 2 for p in member.parameters()) >= 2 for member in module)
+    members = list(module) if isinstance(module, (nn.ModuleList, nn.Sequential)) else []
+    return len(members) >= 2 and all(sum(p.ndim >= 2 for p in member.parameters()) >= 2 for member in members)
 
 
 def _outermost(names: Sequence[str]) -> list[str]:

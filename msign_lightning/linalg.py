@@ -1,8 +1,9 @@
 """Matrix sign, stable-rank restoration and singular triplets of batches of matrices.
 
-Pure PyTorch: no model, framework or process group is known here. Every function takes matrices of shape ``(..., m, n)``
-and treats each matrix of the batch on its own, so a zero, rank-one or non-finite member never touches its neighbours.
-Computation is in float32 or better, without gradients and with autocast off; results come back in the input's dtype.
+Pure PyTorch: no model, framework or process group is known here. Every function takes matrices W of shape
+``(..., m, n)`` in float16, bfloat16, float32 or float64, leaves them unchanged, and treats each on its own, so a zero,
+rank-one or non-finite one never touches its neighbours. Computation is in float32 or better, without gradients and with
+autocast off. A W that is no floating-point matrix or batch, or an option out of range, is a ValueError.
 """
 
 import math
@@ -37,9 +38,7 @@ Rule = Literal["msign", "cap"]
 _RTOL = {torch.float64: 1e-13, torch.float32: 5e-7, torch.float16: 2.0**-13, torch.bfloat16: 2.0**-10}
 
 
-class _Arithmetic(NamedTuple):
-    """What the schedule of one polynomial method must allow for."""
-
+class _Arithmetic(NamedTuple):  # what the schedule of one polynomial method must allow for
     floor: float  # smallest lower end that the rounding of its products can resolve
     safety: float  # how far rounding may push a singular value above the designed interval
     polish: int  # steps beyond convergence in exact arithmetic, to contract accumulated rounding
@@ -51,10 +50,7 @@ _ARITHMETIC = {
     "polynomial_bf16": _Arithmetic(floor=1e-5, safety=1e-2, polish=1),
 }
 _TF32_MIN_SIDE = 256  # smaller products are bound by kernel launches, so full precision is free
-_POWER_ITERATIONS = 16
-_CAP_TRIPLETS = 16
-_CAP_ITERATIONS = 12
-_CAP_TOLERANCE = 1e-3
+_CAP_TRIPLETS, _CAP_ITERATIONS, _CAP_TOLERANCE = 16, 12, 1e-3
 _FRESH_NOISE = 0.1
 # PyTorch 2.9 and newer; whoever sets precisions by it makes the getter of the older one raise.
 _NEW_PRECISION_API = hasattr(torch.backends.cuda.matmul, "fp32_precision")
@@ -69,7 +65,9 @@ class RestoreReport(NamedTuple):
         stable_rank_before: Stable rank found, 0 for a zero and NaN for a non-finite matrix. Exact for the method "svd";
             the polynomial methods estimate the largest singular value from below by power iteration, so they overstate
             it: hardly where a few values stand out, by up to 15 % where many are almost as large.
-        stable_rank_after: Stable rank left behind, of the values before they are rounded to their storage dtype.
+        stable_rank_after: Stable rank left behind, of the values before they are rounded to their storage dtype. The
+            polynomial methods take the largest singular value of the sign for one, which it is to the precision of
+            their products: 1e-6, 1e-3 in TF32, 1e-2 in bfloat16.
     """
 
     finite: Tensor
@@ -85,23 +83,19 @@ def msign(W: Tensor, *, method: Method = "auto", rtol: float | None = None) -> T
     Zero singular values are dropped, so a rank-deficient matrix gives a partial isometry and a zero matrix gives zero.
 
     Args:
-        W: Matrices of shape (..., m, n), in float16, bfloat16, float32 or float64. Not changed.
+        W: Matrices of shape (..., m, n).
         method: "svd" is exact, in float64. The "polynomial" methods apply a minimax schedule of degree-5 polynomials
             (Polar Express, arXiv 2505.16932) in float32; "polynomial_tf32" lets CUDA multiply in TF32, and
             "polynomial_bf16" multiplies bfloat16 operands into float32 results (before PyTorch 2.8 through TF32, and
-            no faster than that). With log-spaced singular values relative errors are a few 1e-3 at condition 1e6 for
-            the first two, and a few 1e-2 at condition 1e4 for bfloat16; they grow where much of the spectrum is that
-            small. "auto" is "svd" on the CPU and for float64, else "polynomial_tf32" from a short side of 256, else
+            no faster). With log-spaced singular values relative errors are a few 1e-3 at condition 1e6 for the first
+            two, and a few 1e-2 at condition 1e4 for bfloat16; they grow where much of the spectrum is that small.
+            "auto" is "svd" on the CPU and for float64, else "polynomial_tf32" from a short side of 256, else
             "polynomial".
-        rtol: Singular values up to `rtol` times the largest count as zero: "svd" drops them, while a polynomial lifts
-            them only partly. For polynomials it is brought into [1e-6, 0.1] ([1e-5, 0.1] for bfloat16), which is what
-            their arithmetic resolves. Defaults to `default_rtol` of W's dtype.
+        rtol: Singular values up to `rtol` times the largest count as zero: "svd" drops them, a polynomial, which brings
+            it into [1e-6, 0.1] ([1e-5, 0.1] for bfloat16), lifts them partly. Defaults to `default_rtol` of W's dtype.
 
     Returns:
         The matrix sign, with W's shape, dtype and device. A matrix with a non-finite entry is returned as it was.
-
-    Raises:
-        ValueError: If W is not a floating-point matrix or batch, or an option is out of range.
     """
     _check_matrices(W)
     check_options(method=method, rtol=rtol)
@@ -132,19 +126,16 @@ def restore(W: Tensor, *, rule: Rule = "msign", method: Method = "auto", rtol: f
     the rank is at most r*, no such :math:`\tau` exists, and the limit, which is the "msign" result, is taken.
 
     Args:
-        W: Matrices of shape (..., m, n), in float16, bfloat16, float32 or float64. Not changed.
+        W: Matrices of shape (..., m, n).
         rule: "msign" or "cap".
-        method: As for `msign`. With "cap" all polynomial methods are one: a low-rank update from the top singular
-            triplets, which agrees with "svd" to 1e-3 in relative Frobenius norm and in stable rank. Matrices that
-            need more than 16 triplets, or whose triplets have not converged, are handed to the SVD.
+        method: As for `msign`. With "cap" all polynomial methods are one: a low-rank update from the top 16 singular
+            triplets, which agrees with "svd" to 1e-3 in relative Frobenius norm and in stable rank. Matrices for which
+            that is not enough are handed to the SVD.
         rtol: As for `msign`.
 
     Returns:
         The restored matrices, with W's shape, dtype and device. Zero matrices stay zero; a matrix with a non-finite
         entry, or whose restoration would overflow W's dtype, is returned as it was.
-
-    Raises:
-        ValueError: If W is not a floating-point matrix or batch, or an option is out of range.
     """
     _check_matrices(W)
     X = _flat_copy(W)
@@ -161,18 +152,8 @@ def restore_(X: Tensor, *, rule: Rule = "msign", method: Method = "auto", rtol: 
     Including X itself, about three times the bytes of X are in use at most ("polynomial_bf16": five); "svd" adds a few
     float64 copies of a single matrix. Polynomial methods with the rule "msign" never wait for the device.
 
-    Args:
-        X: Contiguous float32 or float64 matrices of shape (..., m, n), overwritten with the result. Where they stand
-            for weights stored in less precision, pass `default_rtol` of that dtype.
-        rule: As for `restore`.
-        method: As for `restore`.
-        rtol: As for `restore`, with the default of X's own dtype.
-
-    Returns:
-        One entry per matrix, on X's device.
-
-    Raises:
-        ValueError: If X is not a contiguous float32 or float64 matrix or batch, or an option is out of range.
+    X must be contiguous, and float32 or float64. The other arguments are those of `restore`; where X stands for weights
+    stored in less precision, pass `default_rtol` of that dtype.
     """
     _check_matrices(X)
     check_options(rule=rule, method=method, rtol=rtol)
@@ -191,11 +172,7 @@ def restore_(X: Tensor, *, rule: Rule = "msign", method: Method = "auto", rtol: 
 
 
 def check_options(*, rule: Rule = "msign", method: Method = "auto", rtol: float | None = None) -> None:
-    """Check the options of `restore` before there is a matrix.
-
-    Raises:
-        ValueError: If one is out of range.
-    """
+    """Check the options of `restore` before there is a matrix."""
     if rule not in get_args(Rule):
         raise ValueError(f"rule must be one of {get_args(Rule)}, got {rule!r}")
     if method not in get_args(Method):
@@ -205,17 +182,7 @@ def check_options(*, rule: Rule = "msign", method: Method = "auto", rtol: float 
 
 
 def default_rtol(dtype: torch.dtype) -> float:
-    """Relative size below which singular values of weights stored in `dtype` count as zero.
-
-    Args:
-        dtype: The dtype the weights are kept in, not the one they are computed in.
-
-    Returns:
-        1e-13 for float64, 5e-7 for float32, 2^-13 for float16 and 2^-10 for bfloat16.
-
-    Raises:
-        ValueError: If `dtype` is another one.
-    """
+    """`rtol` for weights stored in `dtype`: 1e-13 in float64, 5e-7 in float32, 2^-13 in float16, 2^-10 in bfloat16."""
     if dtype not in _RTOL:
         raise ValueError(f"dtype must be float16, bfloat16, float32 or float64, got {dtype}")
     return _RTOL[dtype]
@@ -227,15 +194,9 @@ def stable_rank(W: Tensor) -> Tensor:
 
     For monitoring large models, `top_singular_triplets` gives the spectral norm at a small fraction of the cost.
 
-    Args:
-        W: Matrices of shape (..., m, n), in float16, bfloat16, float32 or float64.
-
     Returns:
         One value between 1 and min(m, n) per matrix, of shape (...), in float32 (float64 for float64 input); 0 for a
         zero matrix, NaN for one with a non-finite entry.
-
-    Raises:
-        ValueError: If W is not a floating-point matrix or batch.
     """
     _check_matrices(W)
     X = _flat_copy(W)
@@ -248,18 +209,7 @@ def stable_rank(W: Tensor) -> Tensor:
 
 
 def gaussian_stable_rank(m: int, n: int) -> float:
-    r"""Asymptotic stable rank :math:`mn / (\sqrt m + \sqrt n)^2` of an m × n matrix with independent Gaussian entries.
-
-    Args:
-        m: Number of rows.
-        n: Number of columns.
-
-    Returns:
-        A value between 1/4 and min(m, n); n/4 for square matrices.
-
-    Raises:
-        ValueError: If a size is not positive.
-    """
+    r"""Asymptotic stable rank :math:`mn / (\sqrt m + \sqrt n)^2` of an m × n matrix of independent Gaussians."""
     if m < 1 or n < 1:
         raise ValueError(f"m and n must be positive, got {m} and {n}")
     return m * n / (math.sqrt(m) + math.sqrt(n)) ** 2
@@ -281,7 +231,7 @@ def top_singular_triplets(
     stable rank is low. With k = 1 nothing waits for the device.
 
     Args:
-        W: Matrices of shape (..., m, n), in float16, bfloat16, float32 or float64.
+        W: Matrices of shape (..., m, n).
         k: Number of triplets, at most min(m, n).
         iterations: Products with W and its transpose; 2 are enough when V comes from a slightly older W.
         V: Right singular vectors of shape (..., n, k) to start from, as returned by an earlier call. A tenth of noise
@@ -293,9 +243,6 @@ def top_singular_triplets(
         U of shape (..., m, k), S of shape (..., k), descending, and V of shape (..., n, k), in float32 (float64 for
         float64 input). S is NaN for a matrix with a non-finite entry and 0 for a zero matrix; their vectors mean
         nothing, but are finite.
-
-    Raises:
-        ValueError: If W is not a floating-point matrix or batch, or an option is out of range.
     """
     _check_matrices(W)
     if not 1 <= k <= min(W.shape[-2:]):
@@ -309,8 +256,7 @@ def top_singular_triplets(
     X = torch.where(finite, X / scale, 0.0)
     start = _noise(X, k, generator)
     if V is not None:
-        warm = V.reshape(-1, *V.shape[-2:]).to(X.dtype).nan_to_num(0.0, 0.0, 0.0)
-        start = warm + _FRESH_NOISE * start
+        start = V.reshape(start.shape).to(X.dtype).nan_to_num(0.0, 0.0, 0.0) + _FRESH_NOISE * start
     with _computing(X):
         U, S, V = _triplets(X, start, iterations)
     S = torch.where(finite, S.unsqueeze(-1) * scale, math.nan)
@@ -342,8 +288,8 @@ def _flat_copy(W: Tensor) -> Tensor:
 @contextmanager
 def _computing(X: Tensor, precision: Literal["highest", "high"] = "highest") -> Iterator[None]:
     """No autocast, and TF32 only with "high", whatever the caller has set."""
-    modules: list[Any] = [torch.backends.cuda, torch.backends.mkldnn] if _NEW_PRECISION_API else []
-    backends = [module.matmul for module in modules]
+    names = ("cuda", "mkldnn") if _NEW_PRECISION_API else ()
+    backends = [getattr(torch.backends, name).matmul for name in names]
     before = [backend.fp32_precision for backend in backends] or torch.get_float32_matmul_precision()
     try:
         if isinstance(before, str):
@@ -367,8 +313,7 @@ def _finite_and_scale(X: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def _frobenius(X: Tensor) -> Tensor:
-    norm: Tensor = torch.linalg.vector_norm(X, dim=(-2, -1), keepdim=True)
-    return norm
+    return torch.linalg.vector_norm(X, dim=(-2, -1), keepdim=True)  # type: ignore[no-any-return]
 
 
 def _ratio(a: Tensor, b: Tensor) -> Tensor:
@@ -376,23 +321,18 @@ def _ratio(a: Tensor, b: Tensor) -> Tensor:
     return a / torch.where(b == 0, 1.0, b)
 
 
-def _svd(W: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+def _svd(W: Tensor) -> Any:
     # The faster CUDA drivers lose small singular values.
-    U, S, Vh = torch.linalg.svd(W, full_matrices=False, driver="gesvd" if W.is_cuda else None)
-    return U, S, Vh
+    return torch.linalg.svd(W, full_matrices=False, driver="gesvd" if W.is_cuda else None)
 
 
 def _cap_threshold(S: Tensor, rest: Tensor, limit: float) -> Tensor:
     """The τ for which capping at it gives the stable rank `limit`; at least s_1 where there is nothing to do.
 
+    S (..., k) are the largest singular values, descending, and `rest` (..., 1) is the sum of the squares of all others.
     Capping the k largest values gives the stable rank k + (sum of the other squares) / τ², so that k asks for
     τ_k² = (sum of the other squares) / (limit - k). It falls with k as long as τ_k < s_{k+1} and rises afterwards: the
     right one is the smallest.
-
-    Args:
-        S: Largest singular values, descending, of shape (..., k).
-        rest: Sum of the squares of all others, of shape (..., 1).
-        limit: Stable rank aimed at.
     """
     squares = torch.cat((S.square(), rest), -1)
     others = squares.flip(-1).cumsum(-1).flip(-1)[..., : math.ceil(limit)]
@@ -415,24 +355,16 @@ def _new_spectrum(S: Tensor, rule: Rule, rtol: float, limit: float) -> Tensor | 
     return nonzero.to(S.dtype)
 
 
-def _restored(X: Tensor, rule: Rule, rtol: float) -> tuple[Tensor | None, Tensor, Tensor]:
-    """One float64 matrix restored, or None if it is to be left alone, and its stable rank before and after."""
-    U, S, Vh = _svd(X)
-    T = _new_spectrum(S, rule, rtol, gaussian_stable_rank(*X.shape))
-    before = _ratio(S.square().sum(), S[0].square())
-    if T is None:
-        return None, before, before
-    return (U * (T * (S.norm() / T.norm()))) @ Vh, before, T.square().sum() / T[0].square()
-
-
 def _restore_each_(X: Tensor, scale: Tensor, members: Tensor, rule: Rule, rtol: float, report: RestoreReport) -> None:
     """Restore these members by SVD, one by one to bound the float64 temporaries, and note it in the report."""
     for i in members.flatten().nonzero().flatten().tolist():
-        new, before, after = _restored(X[i].double() / scale[i], rule, rtol)
-        if new is not None:
-            X[i].copy_(new.mul_(scale[i]))
-        report.changed[i] = new is not None
-        report.stable_rank_before[i], report.stable_rank_after[i] = before, after
+        U, S, Vh = _svd(X[i].double() / scale[i])
+        T = _new_spectrum(S, rule, rtol, gaussian_stable_rank(*X.shape[1:]))
+        if T is not None:
+            X[i].copy_(((U * (T * (S.norm() / T.norm()))) @ Vh).mul_(scale[i]))
+        report.changed[i] = T is not None
+        for ranks, values in ((report.stable_rank_before, S), (report.stable_rank_after, S if T is None else T)):
+            ranks[i] = _ratio(values.square().sum(), values[0].square())
 
 
 def _restore_by_svd_(X: Tensor, rule: Rule, rtol: float) -> RestoreReport:
@@ -446,20 +378,24 @@ def _restore_by_svd_(X: Tensor, rule: Rule, rtol: float) -> RestoreReport:
 def _restore_by_polynomial_(X: Tensor, method: Method, rtol: float) -> RestoreReport:
     finite, scale = _finite_and_scale(X)
     torch.where(finite, X / scale, X, out=X)
-    before, norm = _estimated_stable_rank(X), _frobenius(X)
-    _polynomial_sign_(X, finite, method, rtol)
-    after, gain = _estimated_stable_rank(X), _ratio(norm, _frobenius(X))
-    torch.where(finite, X.mul(gain).mul_(scale), X, out=X)
+    norm, largest = _frobenius(X), torch.empty_like(scale)
+    _polynomial_sign_(X, finite, method, rtol, largest)
+    sign_norm = _frobenius(X)
+    torch.where(finite, X.mul(_ratio(norm, sign_norm)).mul_(scale), X, out=X)
+    # All singular values of a matrix sign are one, but for the zeros, so that its squared norm is its stable rank.
+    before, after = _ratio(norm, largest).square(), sign_norm.square()
     ranks = (torch.where(finite, rank, math.nan).flatten() for rank in (before, after))
     return RestoreReport(finite.flatten(), (finite & (norm > 0)).flatten(), *ranks)
 
 
-def _polynomial_sign_(X: Tensor, finite: Tensor, method: Method, rtol: float) -> None:
+def _polynomial_sign_(X: Tensor, finite: Tensor, method: Method, rtol: float, largest: Tensor | None = None) -> None:
     """Finite matrices of X, with entries of order one, replaced by their matrix sign.
 
     Each step is X ← aX + (bA + cA²)X with A = XXᵀ on the short side. Adding a to the diagonal of the bracket instead
     would save an addition and lose the small singular values. At most three buffers of X's size are alive, X included;
     writing every step back into X keeps the bits of non-finite matrices without a fourth.
+
+    `largest`, of shape (b, 1, 1), takes up the largest singular values from before, estimated from below.
     """
     arithmetic = _ARITHMETIC[method]
     lower = min(max(rtol, arithmetic.floor), 0.1)
@@ -468,27 +404,42 @@ def _polynomial_sign_(X: Tensor, finite: Tensor, method: Method, rtol: float) ->
     with _computing(X, "highest" if method == "polynomial" else "high"):
         for step, (a, b, c) in enumerate(schedule):
             A = _product(X.mT, X, bf16) if tall else _product(X, X.mT, bf16)
-            B = _product(A, A, bf16)
-            if step == 0:
-                bound = _frobenius(B).sqrt().sqrt()  # the 8-norm of the singular values, so hardly above s_1
-                bound = torch.where(bound > 0, bound, 1.0)
-                A.div_(bound.square())
-                B.div_(bound.square().square())
-            B.mul_(c).add_(A, alpha=b)
+            if step == 0 or bf16:
+                B = _product(A, A, bf16)
+                if step == 0:
+                    bound = _frobenius(B).sqrt().sqrt()  # the 8-norm of the singular values, so hardly above s_1
+                    bound = torch.where(bound > 0, bound, 1.0)
+                    A.div_(bound.square())
+                    B.div_(bound.square().square())
+                    if largest is not None:
+                        largest.copy_(_largest_singular_value(X, B))
+                B.mul_(c).add_(A, alpha=b)
+            else:
+                B = torch.baddbmm(A, A, A, beta=b, alpha=c)
             del A
             Y = _product(X, B, bf16) if tall else _product(B, X, bf16)
             del B
-            Y.add_(X, alpha=a)
+            Y.add_(X, alpha=a)  # fused, it would lose accuracy on the CPU and win no kernel
             torch.where(finite, Y.div_(bound) if step == 0 else Y, X, out=X)
             del Y
 
 
-def _product(P: Tensor, Q: Tensor, bf16: bool) -> Tensor:
+def _largest_singular_value(X: Tensor, B: Tensor) -> Tensor:
+    """Of shape (b, 1, 1), by sixteen power iterations with B, the square of XXᵀ (on the short side) at norm one."""
+    u = _noise(B, 1)
+    with _computing(X):
+        for i in range(16):
+            u = B @ u
+            if i % 4 == 3:  # four products underflow for no size
+                u.div_(_frobenius(u).clamp_(min=1e-30))
+        return _frobenius((X if X.size(-2) > X.size(-1) else X.mT) @ u)
+
+
+def _product(P: Tensor, Q: Tensor, bf16: bool) -> Any:
     if not bf16:
         return torch.bmm(P, Q)
     if P.is_cuda and "dtype" in torch.ops.aten.bmm.overloads():
-        product: Tensor = torch.ops.aten.bmm.dtype(P.bfloat16(), Q.bfloat16(), torch.float32)
-        return product
+        return torch.ops.aten.bmm.dtype(P.bfloat16(), Q.bfloat16(), torch.float32)
     # bfloat16 values are exact in TF32 and float32, so this is the same product.
     return torch.bmm(P.bfloat16().to(P.dtype), Q.bfloat16().to(Q.dtype))
 
@@ -507,7 +458,6 @@ def _cap_by_triplets_(X: Tensor, rtol: float) -> RestoreReport:
     rest = _frobenius(W).square()[:, :, 0]
     tau = _cap_threshold(S, rest, limit)
     cut = S[:, :1] > tau  # never so where W was not finite, and is zero here
-
     # A wrong direction costs no more than its residual, and no more than what is cut from it.
     excess = (S - tau).clamp(min=0)
     error = torch.linalg.vector_norm(torch.minimum(residual, excess), dim=-1, keepdim=True)
@@ -526,7 +476,7 @@ def _cap_by_triplets_(X: Tensor, rtol: float) -> RestoreReport:
 
 
 def _triplets(X: Tensor, V: Tensor, iterations: int) -> tuple[Tensor, Tensor, Tensor]:
-    """Top singular triplets of finite X (b, m, n) from the start V (b, n, k); for k = 1, X need not be finite."""
+    """Top singular triplets of finite X (b, m, n) from the start V (b, n, k)."""
     V = _orthonormal(V)
     for _ in range(iterations):
         V = _orthonormal(X.mT @ _orthonormal(X @ V))
@@ -540,21 +490,11 @@ def _triplets(X: Tensor, V: Tensor, iterations: int) -> tuple[Tensor, Tensor, Te
 
 
 def _orthonormal(Y: Tensor) -> Tensor:
-    if Y.size(-1) == 1:
-        return _ratio(Y, _frobenius(Y))
-    Q: Tensor = torch.linalg.qr(Y).Q
-    return Q
+    return _ratio(Y, _frobenius(Y)) if Y.size(-1) == 1 else torch.linalg.qr(Y)[0]
 
 
 def _noise(X: Tensor, k: int, generator: torch.Generator | None = None) -> Tensor:
     """Columns of norm about one, the same for every matrix, so that results don't depend on the grouping."""
-    if generator is None:
-        generator = torch.Generator(X.device).manual_seed(0)
+    generator = generator or torch.Generator(X.device).manual_seed(0)
     noise = torch.randn(X.size(-1), k, dtype=X.dtype, device=X.device, generator=generator)
     return (noise / math.sqrt(X.size(-1))).expand(X.size(0), -1, -1)
-
-
-def _estimated_stable_rank(X: Tensor) -> Tensor:
-    """Of shape (b, 1, 1); NaN for a non-finite matrix."""
-    S = _triplets(X, _noise(X, 1), _POWER_ITERATIONS)[1]
-    return _ratio(_frobenius(X), S.unsqueeze(-1)).square()

@@ -36,12 +36,10 @@ class Reading:
     """What has been seen up to an optimizer step.
 
     Attributes:
-        step: The optimizer step.
         metrics: Scalars for any logger, summaries first.
         alarms: New alarms, each with its own step, which may be up to nine steps earlier.
         restored: What was restored upon them, if anything.
-        spectrum: The measurement of singular values, if one was due.
-        alignment: That of Spectral Alignment.
+        spectrum: The measurement of singular values, if one was due; `alignment` that of Spectral Alignment.
         with_histograms: Whether their distributions are to be logged this time.
     """
 
@@ -64,9 +62,8 @@ class Reading:
         for (kind, step), alarms in groupby(self.alarms, lambda alarm: (alarm.kind, alarm.step)):
             first, *others = sorted(alarms, key=lambda alarm: alarm.value)
             more = f" and {len(others)} more" if others else ""
-            parts.append(
-                f"step {step}: {kind} of {first.name}{more} ({first.value:.3g}, threshold {first.threshold:.3g})"
-            )
+            numbers = f"({first.value:.3g}, threshold {first.threshold:.3g})"
+            parts.append(f"step {step}: {kind} of {first.name}{more} {numbers}")
         if self.restored is not None:
             parts.append(f"step {self.step}: {sum(m.changed for m in self.restored.matrices)} matrices restored")
         return "; ".join(parts)
@@ -85,21 +82,19 @@ class Monitor:
         optimizer.step()
         reading = monitor.end(loss.detach(), norm)
 
-    *Measured* are, at the steps that are multiples of their cadence, "stable_rank" (arXiv 2602.01734, Def. 3.1) with
-    σ₁, "spectral_alignment" (arXiv 2510.04202) and "jacobian_alignment" (arXiv 2602.01734, Def. 3.2; on two sequences).
-    The weights are those before the step, so a measurement never sees an application of the same step. The loss
-    is taken at every step and brought from the device ten steps at a time, with the gradient norm of the last. A
-    measuring step has one transfer for each quantity.
+    *Measured* are, at the steps that are multiples of their cadence and on the weights before the step, "stable_rank"
+    (arXiv 2602.01734, Def. 3.1) with σ₁, "spectral_alignment" (arXiv 2510.04202) and "jacobian_alignment" (arXiv
+    2602.01734, Def. 3.2; on two sequences). The loss is taken at every step and brought from the device ten steps at a
+    time, with the gradient norm of the last. A measuring step has one transfer for each quantity.
 
     *Alarms* are those of a `CollapseDetector`. With on_alarm="restore" the matrices whose alarm is on are restored (the
     adaptive schedule which arXiv 2602.01734 leaves to future work): those of "stable_rank" and "sign_diversity" after a
-    measurement; all targets while the loss stalls. A matrix is not restored again within `cooldown` steps. Spikes and
-    outliers of the loss, which pass by themselves, are only logged, whatever `on_alarm` is.
+    measurement; all targets while the loss stalls; none again within `cooldown` steps. Spikes and outliers of the loss,
+    which pass by themselves, are only logged, whatever `on_alarm` is.
 
     Several processes see the mean of what each measures, so that all raise the same alarms; all must call `begin` and
-    `end` at the same steps. Only Jacobians are those of each process's own sequences, and they raise no alarms.
-    Where `torch.distributed` is initialised its whole group must train one model in this way: pipeline stages, or
-    independent runs in one group, are not supported.
+    `end` at the same steps. Only Jacobians are each process's own, and they raise no alarms. Where `torch.distributed`
+    is initialised its whole group must train one model in this way, without pipeline stages.
 
     Args:
         model: The model. It must be final: cast, wrapped and sharded as it is trained.
@@ -176,25 +171,21 @@ class Monitor:
         return self._read(due)
 
     def close(self) -> Reading | None:
-        """Ends a measurement that has begun and reads the last losses; None if there are none.
-
-        Nothing is restored: whoever closes may have saved the weights already.
-        """
+        """Reads the last losses, None if there are none. It restores nothing: weights may have been saved by now."""
         self.disarm()
         self._due, self._spectrum = None, None
         return self._read(frozenset(), restore=False) if self._pending else None
 
     def disarm(self) -> None:
         """Lets go of the model until `begin` is called next."""
-        if self._alignment is not None:
-            self._alignment.disarm()
-        if self._jacobians is not None:
-            self._jacobians.disarm()
+        for armed in (self._alignment, self._jacobians):
+            if armed is not None:
+                armed.disarm()
 
     def _read(self, due: frozenset[Quantity], restore: bool = True) -> Reading:
         self.disarm()
         pairs = torch.stack([pair.to(self._device) for pair in self._pending])  # those of a checkpoint are on the CPU
-        history = [(_known(loss), _known(norm)) for loss, norm in pairs.tolist()]
+        history = [[None if value == -torch.inf else value for value in pair] for pair in pairs.tolist()]
         self._pending = []
         metrics: dict[str, float] = {}
         if known := [loss for loss, _ in history if loss is not None]:
@@ -211,10 +202,8 @@ class Monitor:
             if dist.is_initialized():
                 alignment = alignment.all_reduce()
             metrics |= alignment.metrics(per_matrix=self.settings.per_matrix)
-        if self._jacobians is not None and "jacobian_alignment" in due:
-            jacobian = self._jacobians.result()
-            if jacobian is not None:
-                metrics |= jacobian.metrics(per_block=self.settings.per_matrix)
+        if self._jacobians is not None and "jacobian_alignment" in due and (jacobian := self._jacobians.result()):
+            metrics |= jacobian.metrics(per_block=self.settings.per_matrix)
 
         alarms: list[Alarm] = []
         for step, (loss, norm) in enumerate(history, self.steps - len(history) + 1):
@@ -241,10 +230,9 @@ class Monitor:
         kinds = {"stall"}
         kinds |= {"stable_rank"} if due & {"stable_rank", "spectral_alignment"} else set()
         kinds |= {"sign_diversity"} if "spectral_alignment" in due else set()
-        names: set[str] = set()
-        for kind, name in self.detector.active:
-            if kind in kinds:
-                names |= {name} if name != "loss" else {m for target in restorer.targets for m in target.matrix_names}
+        names = {name for kind, name in self.detector.active if kind in kinds}
+        if "loss" in names:
+            names = {matrix for target in restorer.targets for matrix in target.matrix_names}
         ready = {m for m in names if self.steps >= self._restored_at.get(m, -cooldown) + cooldown}
         if not ready:
             return None
@@ -292,7 +280,7 @@ def grad_norm(parameters: Iterable[nn.Parameter], scale: float = 1.0) -> Tensor 
 
     Args:
         parameters: Those whose gradients to take.
-        scale: What the gradients are multiplied by, where a gradient scaler has not unscaled them yet.
+        scale: What the gradients are still multiplied by, by a gradient scaler.
     """
     alike: dict[object, list[Tensor]] = {}  # only tensors of one mesh can be stacked
     for parameter in parameters:
@@ -313,7 +301,3 @@ def _agreed(loss: Tensor | float | None, norm: Tensor | float | None, device: to
         dist.all_reduce(pair)
         pair /= dist.get_world_size()
     return pair
-
-
-def _known(value: float) -> float | None:
-    return None if value == -torch.inf else value

@@ -1,7 +1,7 @@
 """What a model's structure says: its matrices, what each is for, and how one parameter is cut into several.
 
-All is recognised from the structure, names and class names, without importing any model library. What looks fused in
-a way that is not known has no cut: never a guess.
+All is recognised from names and class names, without importing any model library. What looks fused in a way that is
+not known has no cut: never a guess.
 """
 
 from __future__ import annotations
@@ -73,21 +73,20 @@ class Cut:
         Raises:
             ValueError: If the cut does not cover the dimension exactly.
         """
-        m, n = shape[-2], shape[-1]
+        m, n = shape[-2:]
         length = (m, n)[self.dim]
-        sizes = self.sizes or (length,)
-        if sum(sizes) * self.repeats != length:
+        lengths = [size * self.repeats for size in self.sizes or (length,)]
+        if sum(lengths) != length:
             raise ValueError(
                 f"sum(sizes) * repeats must be the length {length} of dim {self.dim} of {tuple(shape)}, "
                 f"got sizes={self.sizes}, repeats={self.repeats}"
             )
-        return [(size * self.repeats, n) if self.dim == 0 else (m, size * self.repeats) for size in sizes]
+        return [(m, part) if self.dim else (part, n) for part in lengths]
 
     def pieces(self, tensor: Tensor) -> list[Tensor]:
-        """The pieces of a tensor (..., m, n) as views.
+        """The pieces of a tensor (..., m, n) as views; raises as `shapes`.
 
-        A view has one dimension more than the tensor: (..., repeats, size, n) for rows and (..., m, repeats, size) for
-        columns; flattening that pair gives the matrix. Raises as `shapes`.
+        The view of rows is (..., repeats, size, n), of columns (..., m, repeats, size): flatten that pair.
         """
         self.shapes(tensor.shape)
         axis = tensor.ndim - 2 + self.dim
@@ -176,8 +175,8 @@ class Candidate:
 def named_places(model: nn.Module) -> Iterator[tuple[tuple[str, ...], tuple[nn.Module, ...]]]:
     """The modules as in `named_modules()`: the parts of each one's name, and the modules that lead to it, it the last.
 
-    What a wrapper (DDP, Fabric, `torch.compile`, FSDP, checkpointing) adds to a name is left out, so a wrapper and what
-    it wraps have one name; the wrapper comes first.
+    What a wrapper (DDP, Fabric, `torch.compile`, FSDP, checkpointing) adds to a name is left out. The wrapper comes
+    before what it wraps.
     """
     paths: dict[str, tuple[tuple[str, ...], tuple[nn.Module, ...]]] = {}
     for path, module in model.named_modules():
@@ -246,10 +245,11 @@ def _kind(parameter: nn.Parameter, parts: tuple[str, ...], leaf: str, modules: t
                 return _OUTSIDE[word]
     if group == "mlp" and any(map(_is_gate, parts, modules)):
         return "router"
-    is_named = _BARE_PROJECTION.fullmatch(leaf.lower())
+    owner, is_named = modules[-1], _BARE_PROJECTION.fullmatch(leaf.lower())
     if parameter.ndim == 2:
-        return group if is_named or (leaf == "weight" and _is_linear(modules[-1])) else "other"
-    is_stack = parameter.ndim == 3 and any(_is_experts(name) for name in (*parts, type(modules[-1]).__name__))
+        is_linear = isinstance(owner, nn.Linear) or "Linear" in type(owner).__name__ or _is_a(owner, "Conv1D")
+        return group if is_named or (leaf == "weight" and is_linear) else "other"
+    is_stack = parameter.ndim == 3 and any(_is_experts(name) for name in (*parts, type(owner).__name__))
     if group == "attention" and not is_stack and parameter.ndim == 3 and min(parameter.shape) > 1:
         return _PER_HEAD
     return group if is_stack and (is_named or leaf == "weight") else "other"
@@ -281,10 +281,6 @@ def _is_experts(name: str) -> bool:
 def _is_gate(name: str, parent: nn.Module) -> bool:
     """Whether it is a gate that stands beside experts: a router, not the gate of a GLU."""
     return bool(re.fullmatch(r"gates?|\w+_gate", name)) and any(_is_experts(n) for n, _ in parent.named_children())
-
-
-def _is_linear(module: nn.Module) -> bool:
-    return isinstance(module, nn.Linear) or "Linear" in type(module).__name__ or _is_a(module, "Conv1D")
 
 
 def _words(name: str) -> list[str]:

@@ -5,11 +5,10 @@ Before a collapse the stable rank of weights falls (arXiv 2602.01734).
 
 from __future__ import annotations
 
-import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
-from statistics import fmean
+from statistics import geometric_mean
 from typing import Any, NamedTuple
 
 import torch
@@ -57,10 +56,7 @@ class Spectrum:
     vectors: tuple[tuple[Tensor, Tensor], ...]
 
     def all_reduce(self, group: dist.ProcessGroup | None = None) -> Spectrum:
-        """The values averaged over all ranks, each of which must call this: the same floats on every rank.
-
-        Ranks measure the same weights, but may differ in rounding, and a decision must not hang on that.
-        """
+        """The values averaged over all ranks, each of which must call this: no decision hangs on a rank's rounding."""
         values = torch.stack([self.stable_ranks, self.spectral_norms, self.second_norms])
         dist.all_reduce(values, group=group)
         ranks, firsts, seconds = values / dist.get_world_size(group)
@@ -79,16 +75,11 @@ class Spectrum:
     def metrics(self, *, per_matrix: bool = False) -> dict[str, float]:
         """Summaries over the finite, non-zero matrices, for any logger, and on request a value per matrix.
 
-        They are `stable_rank/min` and `stable_rank/geometric_mean`, over all and per group
-        (`stable_rank/<group>/min`), and `spectral_norm/max`.
+        They are `stable_rank/min` and `/geometric_mean`, over all and per group (`stable_rank/<group>/min`), and
+        `spectral_norm/max`.
         """
         sound = [m for m in self.matrices if m.stable_rank > 0]
-        metrics = {}
-        for group in ("", *sorted({m.group for m in sound})) if sound else ():
-            ranks = [m.stable_rank for m in sound if group in ("", m.group)]
-            prefix = f"stable_rank/{group}/" if group else "stable_rank/"
-            metrics[f"{prefix}min"] = min(ranks)
-            metrics[f"{prefix}geometric_mean"] = math.exp(fmean(map(math.log, ranks)))
+        metrics = summarised(sound, "stable_rank", min=min, geometric_mean=geometric_mean)
         if sound:
             metrics["spectral_norm/max"] = max(m.spectral_norm for m in sound)
         if per_matrix:
@@ -97,23 +88,33 @@ class Spectrum:
         return metrics
 
 
+def summarised(matrices: Sequence[Any], quantity: str, **statistics: Callable[..., float]) -> dict[str, float]:
+    """Statistics of a quantity over all matrices and per group: `<quantity>/min`, `<quantity>/<group>/min`, ..."""
+    members = {quantity: matrices}
+    for group in sorted({m.group for m in matrices}):
+        members[f"{quantity}/{group}"] = [m for m in matrices if m.group == group]
+    return {
+        f"{prefix}/{name}": statistic([getattr(m, quantity) for m in some])
+        for prefix, some in members.items()
+        if some
+        for name, statistic in statistics.items()
+    }
+
+
 class SpectrumMonitor:
     """Stable rank, top two singular values and top singular vectors of weight matrices, by warm power iteration.
 
     The first measurement takes 16 iterations, each later one 2, from the vectors of the one before with a tenth of
-    fresh noise. Singular values are estimated from below, so stable ranks from above: within 2 % while weights drift
-    slowly, and least where the stable rank is low; after an application of MSign, which leaves the largest values close
-    together, by up to a fifth for some measurements. Matrices of one shape are measured in one batch. Sharded weights
-    are gathered, so every rank must call `measure` at the same steps.
+    fresh noise. Stable ranks are estimated from above: within 2 % while weights drift slowly, and best where they are
+    low; after an application of MSign, which leaves the largest singular values close together, within a fifth for some
+    measurements. Sharded weights are gathered, so every rank must call `measure` at the same steps.
 
     Args:
         targets: The matrices, as `select_targets` chooses them from the model as it is trained: cast, wrapped, sharded.
-        exact: Whether to take a float64 SVD instead, for small models and for reference.
     """
 
-    def __init__(self, targets: Sequence[Target], *, exact: bool = False) -> None:
+    def __init__(self, targets: Sequence[Target]) -> None:
         self.targets = list(targets)
-        self.exact = exact
         self._measurements = 0
         self._right: dict[str, Tensor] = {}  # of each target, (count, n, 2)
 
@@ -126,7 +127,7 @@ class SpectrumMonitor:
         vectors: list[tuple[Tensor, Tensor]] = []
         for batch in batches(self.targets):
             X = batch.read()
-            U, S, V = _triplets_by_svd(X) if self.exact else self._top_by_power(batch, X)
+            U, S, V = self._triplets(batch, X)
             first, second = nn.functional.pad(S, (0, 1))[:, :2].unbind(1)  # a single row or column has no second
             names += batch.names
             groups += batch.groups
@@ -136,7 +137,7 @@ class SpectrumMonitor:
         ranks, firsts, seconds = torch.cat([part.to(values[0].device) for part in values], dim=1)
         return Spectrum(tuple(names), tuple(groups), ranks, firsts, seconds, tuple(vectors))
 
-    def _top_by_power(self, batch: Batch, X: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    def _triplets(self, batch: Batch, X: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Top two (or the only) singular triplets of the matrices X (B, m, n) of a batch."""
         warm = all(target.name in self._right for target in batch.targets)
         U, S, V = top_singular_triplets(
@@ -159,14 +160,6 @@ class SpectrumMonitor:
         shapes = {t.name: (t.count, t.shape[1], min(2, *t.shape)) for t in self.targets}
         self._measurements = state_dict["measurements"]
         self._right = {name: V for name, V in state_dict["vectors"].items() if V.shape == shapes.get(name)}
-
-
-def _triplets_by_svd(X: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """All singular triplets of X (b, m, n), the values NaN where it is not finite."""
-    finite = X.isfinite().flatten(1).all(1)
-    U, S, Vh = torch.linalg.svd(torch.where(finite.view(-1, 1, 1), X.double(), 0.0), full_matrices=False)
-    S = torch.where(finite.unsqueeze(-1), S, math.nan)
-    return U.to(X.dtype), S.to(X.dtype), Vh.mT.to(X.dtype)
 
 
 def _stable_ranks(X: Tensor, norms: Tensor) -> Tensor:

@@ -30,7 +30,7 @@ __all__ = ["Shortcut", "SpikeNoMoreReport", "SpikeNoMoreSettings", "add_shortcut
 
 Shortcut = Literal["scaled_embed", "embed_ln"]
 
-# What has been done to a model is written on its embedding, out of the state dict: "init", and the shortcut.
+# The attribute of the embedding that says what has been done to its model: "init", and the shortcut.
 _MARK = "_spike_no_more"
 
 _NOT_TOKENS = re.compile(r"wpe|pos|type|segment|relative")
@@ -44,9 +44,9 @@ _OUTPUT = re.compile(
 class SpikeNoMoreReport(NamedTuple):
     """What was done to a model.
 
-    `std` is that of the embedding and of the matrices which are not outputs, `output_std` that of the outputs.
-    `matrices` are the names of all the parameters drawn anew, `outputs` those of them that write to the residual
-    stream; both are empty if none were. `shortcut` is the one that the model has now.
+    `std` is that of the embedding and of the `matrices` drawn anew, by their names, but for those of them that write to
+    the residual stream: `outputs`, of `output_std`. Both are empty if none were drawn. `shortcut` is that which the
+    model has now.
     """
 
     embedding: str
@@ -103,15 +103,13 @@ def spike_no_more_(model: nn.Module, settings: SpikeNoMoreSettings) -> SpikeNoMo
     *Small sub-layers*: the token embedding (V, d) and the matrices of attention and MLP are drawn from N(0, 2/(5d)),
     those that write to the residual stream (W_O and the MLP's W_2) from N(0, 2/(5d) · 1/(2N)) for N layers. A tied head
     is the embedding; an untied one, position tables, biases and the gains of norms are left as they are. The draws come
-    from the global generator of PyTorch, so that its seed governs them, and all ranks must share it as when they build
-    the model.
+    from PyTorch's global generator, which all ranks must share as when they build the model.
 
     *Large shortcut*: see `add_shortcut_`. Without it the paper's models spike all the same.
 
     Either is done at most once to a model: a second call finds it done, also on a copy of the model. To build the model
-    of a checkpoint, call this before its weights are loaded, as when it was trained. For a model that holds trained
-    weights already pass `init=False`: they are left as they are, now and by later calls. One whose norms are visibly
-    trained is refused without it.
+    of a checkpoint, call this before its weights are loaded. For a model that holds trained weights already pass
+    `init=False`: they are left as they are, now and by later calls. One whose norms are visibly trained needs it.
 
     Args:
         model: The model, as a rule bare: before it is compiled, wrapped or sharded, and before its optimizer is made.
@@ -132,23 +130,29 @@ def spike_no_more_(model: nn.Module, settings: SpikeNoMoreSettings) -> SpikeNoMo
     writers: list[Target] = []
     if settings.init and "init" not in _done(module):
         _check_new(model)
-        matrices = select_targets(
-            model, settings.targets, cuts={"*": Cut()}
-        )  # the whole of a fused matrix is drawn alike
+        matrices = select_targets(model, settings.targets, cuts={"*": Cut()})  # all of a fused one is drawn alike
         writers = _find_outputs(matrices, settings.outputs)
-        _check_width(writers, width, name)
-        output_std = std / math.sqrt(2 * (settings.n_layers or _count_layers(writers)))
+        for target in writers:
+            if width not in target.shape:
+                raise ValueError(
+                    f"the embedding must be as wide as the residual stream, got {name} of width {width} "
+                    f"and {target.name} of shape {target.shape}"
+                )
+        layers = settings.n_layers or sum(target.group == "attention" for target in writers)
+        if layers == 0:
+            raise ValueError("n_layers must be given for a model of which no output is an attention's, got None")
+        output_std = std / math.sqrt(2 * layers)
         for target in matrices:
             nn.init.normal_(target.parameter, std=output_std if target in writers else std)
-        _draw_embedding_(module, std)
+        weight, padding = module.get_parameter("weight"), getattr(module, "padding_idx", None)
+        nn.init.normal_(weight, std=std)
+        if padding is not None:
+            with torch.no_grad():
+                weight[padding].zero_()
     _mark(module, "init")
+    drawn, outputs = (tuple(target.name for target in chosen) for chosen in (matrices, writers))
     return SpikeNoMoreReport(
-        name,
-        std,
-        output_std,
-        tuple(target.name for target in matrices),
-        tuple(target.name for target in writers),
-        add_shortcut_(model, settings.shortcut, embedding=name),
+        name, std, output_std, drawn, outputs, add_shortcut_(model, settings.shortcut, embedding=name)
     )
 
 
@@ -159,8 +163,8 @@ def add_shortcut_(
 
     "scaled_embed" multiplies them by √d: with weights of N(0, 2/(5d)) their standard deviation becomes √(2/5).
     "embed_ln" puts a new `LayerNorm` on them, whose parameters are called `<embedding>.norm.weight` and `.bias`.
-    It is a forward hook on the token embedding, which leaves the embedding's weight, hence a tied head, and the names
-    in the state dict alone. A learned position is added afterwards and not scaled.
+    It is a forward hook on the token embedding, which leaves its weight, hence a tied head, the names in the state dict
+    and a learned position that is added afterwards alone.
 
     The hook is no part of a state dict: whoever loads such weights into a new model must call this on it too.
 
@@ -263,8 +267,7 @@ def _stated_embeddings(modules: Iterable[nn.Module]) -> list[nn.Module]:
     stated = []
     for module in modules:
         getter = getattr(module, "get_input_embeddings", None)
-        # The base class has the method, and refuses where a model is not known to embed tokens.
-        with suppress(NotImplementedError):
+        with suppress(NotImplementedError):  # of the base class, where a model is not known to embed tokens
             stated += [getter()] if callable(getter) else []
     return stated
 
@@ -277,15 +280,6 @@ def _width(embedding: nn.Module) -> int:
     return embedding.get_parameter("weight").shape[1]
 
 
-def _draw_embedding_(embedding: nn.Module, std: float) -> None:
-    weight = embedding.get_parameter("weight")
-    nn.init.normal_(weight, std=std)
-    padding = getattr(embedding, "padding_idx", None)
-    if padding is not None:
-        with torch.no_grad():
-            weight[padding].zero_()
-
-
 # --- the sub-layers ----------------------------------------------------------------------------------------------
 
 
@@ -295,9 +289,8 @@ def _find_outputs(matrices: Sequence[Target], outputs: str | Sequence[str] | Non
         globs = [outputs] if isinstance(outputs, str) else list(outputs)
         for glob in globs:
             if not any(fnmatchcase(target.name, glob) for target in matrices):
-                raise ValueError(
-                    f"outputs must match one of the matrices to draw, such as {matrices[0].name}, got {glob!r}"
-                )
+                example = matrices[0].name
+                raise ValueError(f"outputs must match one of the matrices to draw, such as {example}, got {glob!r}")
         return [target for target in matrices if any(fnmatchcase(target.name, glob) for glob in globs)]
     found = [target for target in matrices if _OUTPUT.search(target.name.removesuffix(".weight"))]
     have = {_place(target) for target in found}
@@ -314,19 +307,3 @@ def _place(target: Target) -> tuple[str, str]:
     """The sub-layer of a matrix: its group, and the innermost numbered module that it is in."""
     numbered = re.match(r"(.*\.)?\d+\.", target.name)
     return target.group, numbered.group() if numbered else ""
-
-
-def _check_width(outputs: Sequence[Target], width: int, embedding: str) -> None:
-    for target in outputs:
-        if width not in target.shape:
-            raise ValueError(
-                f"the embedding must be as wide as the residual stream, got {embedding} of width {width} "
-                f"and {target.name} of shape {target.shape}"
-            )
-
-
-def _count_layers(outputs: Sequence[Target]) -> int:
-    layers = sum(target.group == "attention" for target in outputs)
-    if layers == 0:
-        raise ValueError("n_layers must be given for a model of which no output is an attention's, got None")
-    return layers

@@ -1,10 +1,8 @@
 """From a model to the matrices that MSign restores (arXiv 2602.01734, Algorithm 1 and Sec. 5).
 
-Models store several matrices in one parameter (fused QKV, fused gate and up, stacks of experts), so a `Target` is a
-parameter together with a `Cut`: the sign of a stacked matrix is not the stack of the signs.
-
-`recognition` says what a parameter is and how it is cut. One that looks fused in a way that is not known is an error
-that asks for a cut, never a guess.
+Models store several matrices in one parameter (fused QKV, fused gate and up, stacks of experts), and the sign of a
+stacked matrix is not the stack of the signs. So a `Target` is a parameter together with a `Cut`. One that looks fused
+in a way that is not known is an error that asks for a cut, never a guess.
 """
 
 from __future__ import annotations
@@ -13,7 +11,7 @@ import difflib
 import math
 import re
 from collections import Counter
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence, Set
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
 from typing import Any
@@ -43,7 +41,7 @@ class Target:
         name: `parameter_name`, and `.<piece>` where the parameter is cut: "h.0.attn.c_attn.weight.q".
         parameter_name: The parameter's name without the prefixes of wrappers (DDP, `torch.compile`, checkpointing).
         parameter: The parameter itself. Where it is sharded its shape is the global one.
-        cut: How the parameter is cut; the targets of one parameter share it.
+        cut: How the parameter is cut, the same for all its targets.
         index: Which piece of the cut this is.
         group: "attention", "mlp" or "other".
     """
@@ -104,9 +102,8 @@ def select_targets(
     A preset takes every linear layer of an attention or an MLP, and never embeddings, heads, poolers, routers, norms,
     position tables, or the factors of low-rank adapters (LoRA). A glob can name those of them that have two dimensions.
 
-    Globs (`fnmatch`, case sensitive) are matched against the name of the parameter, as in `named_parameters()`
-    without the prefixes of wrappers, and against the names of its pieces: "*.c_attn.weight" is Q, K and V,
-    "*.c_attn.weight.v" is V alone.
+    Globs (`fnmatch`, case sensitive) are matched against the names of `named_parameters()` without the prefixes of
+    wrappers, and against those of pieces: "*.c_attn.weight" is Q, K and V, "*.c_attn.weight.v" is V alone.
 
     Never chosen: a parameter that is frozen, on meta (unless all are), parametrized, of fewer than two dimensions, of 3
     in an attention (XLNet's, a matrix per head), a convolution kernel, a tensor subclass other than DTensor (quantised
@@ -135,16 +132,15 @@ def select_targets(
     for candidate, cut in cut_of.items():
         for label in cut.labels if cut else ():
             names |= dict.fromkeys(_piece_names(candidate, label), candidate)
-    by_name = [glob for glob in wanted if glob not in PRESETS]
-    for key, globs, choices in (
-        ("targets", by_name, names),
-        ("exclude", unwanted, names),
-        ("cuts", stated, parameters),
-    ):
-        for glob in globs:
-            _check_glob(key, glob, choices)
+    groups = {group for name in wanted for group in PRESETS.get(name, ())}
+    globs = [name for name in wanted if name not in PRESETS]
+    _check_globs("targets", globs, names)
+    _check_globs("exclude", unwanted, names)
+    _check_globs("cuts", stated, parameters)
 
-    chosen = [target for candidate, cut in cut_of.items() for target in _select(candidate, cut, wanted, unwanted)]
+    chosen = [
+        target for candidate, cut in cut_of.items() for target in _select(candidate, cut, groups, globs, unwanted)
+    ]
     if not chosen:
         raise EmptySelectionError(
             f"targets must choose at least one matrix, got targets={targets!r}, exclude={exclude!r}; "
@@ -170,11 +166,10 @@ def format_targets(targets: Sequence[Target], *, period: int | None = None, mode
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
     lines = ["  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in rows]
 
-    parameters = {target.parameter for target in targets}
     flops = sum(target.svd_flops for target in targets)
     lines.append(
         f"{groups.total()} matrices ({', '.join(f'{count} {group}' for group, count in groups.items())}) "
-        f"in {len(parameters)} parameters, {flops:.2e} SVD FLOPs per application"
+        f"in {len({target.parameter for target in targets})} parameters, {flops:.2e} SVD FLOPs per application"
         + (f", {flops / period:.2e} per step at period {period}" if period else "")
     )
     if model is not None:
@@ -185,8 +180,7 @@ def format_targets(targets: Sequence[Target], *, period: int | None = None, mode
 def left_out(model: nn.Module, targets: Sequence[Target]) -> str:
     """What of a model the targets don't hold, in one line: counts by kind, with some names; "" if there is nothing.
 
-    Embeddings, heads and vectors, which nobody expects, are not listed; state-space mixers, convolutions, routers and
-    tables of an attention are.
+    Embeddings, heads and vectors, which nobody expects, are not listed.
     """
     return _summary(c for c in _left(model, targets) if c.kind not in ("embedding", "head"))
 
@@ -194,21 +188,21 @@ def left_out(model: nn.Module, targets: Sequence[Target]) -> str:
 # --- what is chosen ----------------------------------------------------------------------------------------------
 
 
-def _select(candidate: Candidate, cut: Cut | None, wanted: Sequence[str], unwanted: Sequence[str]) -> list[Target]:
-    """The pieces of one parameter that are wanted and not excluded."""
-    wanted_groups = {group for name in wanted for group in PRESETS.get(name, ())}
-    globs = [name for name in wanted if name not in PRESETS]
+def _select(
+    candidate: Candidate, cut: Cut | None, groups: Set[str], globs: Sequence[str], unwanted: Sequence[str]
+) -> list[Target]:
+    """The pieces of one parameter that are in the groups or match a glob, and are not excluded."""
     if _matches(candidate.names, unwanted):
         return []
     if cut is None:
-        if candidate.group in wanted_groups or _matches(candidate.names, globs):
+        if candidate.group in groups or _matches(candidate.names, globs):
             raise ValueError(_ask_for_cut(candidate))
         return []
     chosen = []
     for index, label in enumerate(cut.labels):
         names = _piece_names(candidate, label)
         group: Group = "mlp" if label == "mlp" else candidate.group  # fused with an attention
-        is_wanted = group in wanted_groups or _matches((*candidate.names, *names), globs)
+        is_wanted = group in groups or _matches((*candidate.names, *names), globs)
         if is_wanted and not _matches(names, unwanted):
             chosen.append(Target(names[0], candidate.names[0], candidate.parameter, cut, index, group))
     return chosen
@@ -256,20 +250,21 @@ def _ask_for_cut(candidate: Candidate) -> str:
     )
 
 
-def _check_glob(key: str, glob: str, names: Mapping[str, Candidate]) -> None:
+def _check_globs(key: str, globs: Iterable[str], names: Mapping[str, Candidate]) -> None:
     """Raises if a glob matches nothing or, in `targets`, only what cannot be restored."""
-    found = {candidate: name for name, candidate in names.items() if fnmatchcase(name, glob)}
     presets = list(PRESETS) if key == "targets" else []
-    if not found:
-        rule = f"be one of {', '.join(presets)} or match a parameter" if presets else "match a parameter"
-        paths = [name.split(".") for name in names]
-        parts = [".".join(path[i:j]) for path in paths for i in range(len(path)) for j in (i + 1, len(path))]
-        choices = list(dict.fromkeys((*presets, *names, *parts)))
-        near = difflib.get_close_matches(glob.strip("*."), choices) or choices[:3]
-        raise ValueError(f"{key} must {rule}, got {glob!r}; near names: {', '.join(near)}")
-    if presets and not any(candidate.is_usable for candidate in found):
-        reasons = ", ".join(f"{name} ({candidate.kind})" for candidate, name in list(found.items())[:3])
-        raise ValueError(f"{key} must match a matrix that can be restored, got {glob!r}, which matches {reasons}")
+    for glob in globs:
+        found = {candidate: name for name, candidate in names.items() if fnmatchcase(name, glob)}
+        if not found:
+            rule = f"be one of {', '.join(presets)} or match a parameter" if presets else "match a parameter"
+            paths = [name.split(".") for name in names]
+            parts = [".".join(path[i:j]) for path in paths for i in range(len(path)) for j in (i + 1, len(path))]
+            choices = list(dict.fromkeys((*presets, *names, *parts)))
+            near = difflib.get_close_matches(glob.strip("*."), choices) or choices[:3]
+            raise ValueError(f"{key} must {rule}, got {glob!r}; near names: {', '.join(near)}")
+        if presets and not any(candidate.is_usable for candidate in found):
+            reasons = ", ".join(f"{name} ({candidate.kind})" for candidate, name in list(found.items())[:3])
+            raise ValueError(f"{key} must match a matrix that can be restored, got {glob!r}, which matches {reasons}")
 
 
 def _left(model: nn.Module, targets: Sequence[Target]) -> list[Candidate]:

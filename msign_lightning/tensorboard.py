@@ -73,12 +73,12 @@ def add_reading(writer: SummaryWriter, reading: Reading) -> None:
         ranks = torch.tensor([m.stable_rank for m in reading.spectrum.matrices])
         if len(ranks := ranks[ranks.isfinite()]):
             writer.add_histogram("stable_rank", ranks, reading.step)  # type: ignore[no-untyped-call]
-    if reading.alignment is not None:
-        for group in sorted(set(reading.alignment.groups)):
-            rows = [g == group for g in reading.alignment.groups]
-            cumulative = reading.alignment.cumulative[rows][reading.alignment.defined[rows]].sum(0).cpu()
+    if (alignment := reading.alignment) is not None:
+        edges = torch.tensor(alignment.edges)
+        for group in sorted(set(alignment.groups)):
+            rows = [g == group for g in alignment.groups]
+            cumulative = alignment.cumulative[rows][alignment.defined[rows]].sum(0).cpu()
             if tokens := int(cumulative[-1]):
-                edges = torch.tensor(reading.alignment.edges)
                 counts = cumulative.diff(prepend=torch.zeros(1, dtype=torch.long))  # the first holds those at -1
                 middles = torch.cat([edges[:1], (edges[1:] + edges[:-1]) / 2])
                 writer.add_histogram_raw(  # type: ignore[no-untyped-call]

@@ -20,8 +20,8 @@ log = logging.getLogger(__name__)
 class MSignTrainerCallback(RestorationShell, TrainerCallback, ExportableState):
     """Restores the stable rank of weight matrices every `period` optimizer steps (MSign, arXiv 2602.01734).
 
-    It happens inside `optimizer.step()`, as with the Lightning callback, and only completed optimizer steps count. Each
-    application is noted in `trainer.state.log_history` under `msign/...`.
+    See `msign_lightning.settings.RestorationSettings` for what happens when, and for the arguments. Each application is
+    noted in `trainer.state.log_history` under `msign/...`.
 
     Resuming from a checkpoint continues the count exactly. A checkpoint that was saved without this callback, or with
     other arguments, continues at the trainer's own count of optimizer steps.
@@ -29,8 +29,6 @@ class MSignTrainerCallback(RestorationShell, TrainerCallback, ExportableState):
     Example::
 
         trainer = Trainer(model, args, callbacks=[MSignTrainerCallback()])
-
-    The arguments are those of `msign_lightning.settings.RestorationSettings`.
 
     Raises:
         ValueError: An argument is out of its range; or when training starts, nothing is selected.
@@ -60,9 +58,7 @@ class MSignTrainerCallback(RestorationShell, TrainerCallback, ExportableState):
         exact = mine[0]["attributes"]["_steps"] if mine else []
         return (exact or [state.global_step]) if state.global_step else []
 
-    def on_train_end(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
-    ) -> None:
+    def on_train_end(self, *args: Any, **kwargs: Any) -> None:
         """Lets go of optimizer and model."""
         self._stop()
 

@@ -1,8 +1,9 @@
 """Command line of the recipes under Composer: `python -m msign_lightning.recipes.composer_train --config tiny/prose`.
 
 Recipes and arguments are those of `python -m msign_lightning.recipes.train fit`, with the same model, data and
-optimizer. Of the trainer's settings `accelerator`, `precision`, `max_steps` and `gradient_clip_val` apply here. Several
-processes: `composer -n 2 -m msign_lightning.recipes.composer_train --config tiny/prose`.
+optimizer. Of the trainer's settings `accelerator`, `precision`, `max_steps`, `accumulate_grad_batches` and
+`gradient_clip_val` apply here. Several processes:
+`composer -n 2 -m msign_lightning.recipes.composer_train --config tiny/prose`.
 """
 
 from __future__ import annotations
@@ -11,9 +12,11 @@ from msign_lightning._extras import need
 
 need("composer", "composer")
 
+from collections.abc import Iterator
 from typing import Any
 
 import lightning.pytorch as pl
+import torch
 import torch.nn.functional as F
 from composer import Trainer
 from composer.algorithms import GradientClipping
@@ -28,17 +31,18 @@ from torch import Tensor, nn
 from torchmetrics import Metric
 
 from msign_lightning.algorithms import MSign
-from msign_lightning.recipes.data import RandomWindows
+from msign_lightning.recipes.data import TrainingBatches
 from msign_lightning.recipes.train import RecipeCLI
+from msign_lightning.recipes.transformer import Block, Transformer
 
 PRECISIONS = {"32-true": "fp32", "bf16-mixed": "amp_bf16", "16-mixed": "amp_fp16"}
 """Composer's names of Lightning's precisions."""
 
 
 class ComposerLanguageModel(ComposerModel):
-    """A model of tokens (B, T) → logits (B, T, V), trained to predict the next token of windows (B, T + 1)."""
+    """A transformer of tokens (B, T) → logits (B, T, V), trained to predict the next token of windows (B, T + 1)."""
 
-    def __init__(self, transformer: nn.Module) -> None:
+    def __init__(self, transformer: Transformer) -> None:
         super().__init__()
         self.transformer = transformer
 
@@ -48,14 +52,35 @@ class ComposerLanguageModel(ComposerModel):
         return logits_BTV
 
     def loss(self, outputs: Tensor, batch: Tensor, *args: Any, **kwargs: Any) -> Tensor:
-        """Mean cross-entropy, in nats per token."""
-        return F.cross_entropy(outputs.flatten(0, 1).float(), batch[:, 1:].flatten())
+        """Mean cross-entropy, in nats per token, and the balancing loss of experts."""
+        loss = F.cross_entropy(outputs.flatten(0, 1).float(), batch[:, 1:].flatten())
+        return loss + self.transformer.balance_loss()
+
+    def fsdp_wrap_fn(self, module: nn.Module) -> bool:
+        """Whether FSDP shards a module by itself."""
+        return isinstance(module, Block)
 
     def get_metrics(self, is_train: bool) -> dict[str, Metric]:
         return {} if is_train else {"loss": LanguageCrossEntropy()}
 
     def update_metric(self, batch: Tensor, outputs: Tensor, metric: Metric) -> None:
         metric.update(outputs.float(), batch[:, 1:].contiguous())
+
+
+class Joined:
+    """Batches of a loader, n joined to one each time: what Composer cuts into micro-batches."""
+
+    def __init__(self, batches: TrainingBatches, n: int) -> None:
+        self.batches = batches
+        self.n = n
+
+    def __len__(self) -> int:
+        return len(self.batches) // self.n
+
+    def __iter__(self) -> Iterator[Tensor]:
+        batches = iter(self.batches)
+        for _ in range(len(self)):
+            yield torch.cat([next(batches) for _ in range(self.n)])
 
 
 class ComposerRecipeCLI(RecipeCLI):
@@ -83,8 +108,6 @@ def build_trainer(arguments: list[str] | None = None, **settings: Any) -> Traine
     plan: pl.Trainer = recipe.trainer
     if plan.max_steps < 1:
         raise ValueError(f"trainer.max_steps must be a positive integer, got {plan.max_steps}")
-    if plan.accumulate_grad_batches != 1:
-        raise ValueError(f"trainer.accumulate_grad_batches must be 1 here, got {plan.accumulate_grad_batches}")
     if plan.gradient_clip_algorithm == "value":
         raise ValueError("trainer.gradient_clip_algorithm must be 'norm' here, got 'value'")
     if plan.precision not in PRECISIONS:
@@ -100,17 +123,14 @@ def build_trainer(arguments: list[str] | None = None, **settings: Any) -> Traine
 
     data = recipe.datamodule
     data.setup("fit")
-    batches = RandomWindows(
-        data.windows["train"],
-        data.batch_size,
-        plan.max_steps,
-        seed=data.seed,
-        rank=dist.get_global_rank(),
-        world_size=dist.get_world_size(),
-    )
+    n_micro = plan.accumulate_grad_batches
+    batches = data.train_batches(plan.max_steps * n_micro, dist.get_global_rank(), dist.get_world_size())
+    if recipe.model.compile_transformer:
+        recipe.model.transformer.compile()
     return Trainer(
         model=ComposerLanguageModel(recipe.model.transformer),
-        train_dataloader=batches,
+        train_dataloader=Joined(batches, n_micro),
+        device_train_microbatch_size=data.batch_size,
         eval_dataloader=Evaluator(label="val", dataloader=data.val_dataloader(), eval_interval="1dur"),
         max_duration=f"{plan.max_steps}ba",
         optimizers=optimization["optimizer"],

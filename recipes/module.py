@@ -11,6 +11,7 @@ import torch
 import torch.nn.functional as F
 from lightning.pytorch.utilities.types import OptimizerLRSchedulerConfig
 from torch import Tensor
+from torch.distributed.fsdp import FSDPModule, fully_shard
 from torch.optim import AdamW, Optimizer
 from torch.optim.lr_scheduler import LambdaLR
 
@@ -36,6 +37,7 @@ class LanguageModel(pl.LightningModule):
         final_lr: Learning rate at the last step, as a share of the peak.
         matrix_lr: Factor on the learning rate of the blocks' matrices.
         embedding_lr: Factor on the learning rate of embedding and head.
+        compile: Whether to compile the transformer, by `torch.compile`.
 
     Raises:
         ValueError: A value is out of its range; or when the optimizer is made, the trainer has no last step.
@@ -50,6 +52,7 @@ class LanguageModel(pl.LightningModule):
         final_lr: float = 0.1,
         matrix_lr: float = 1.0,
         embedding_lr: float = 1.0,
+        compile: bool = False,
     ) -> None:
         super().__init__()
         if warmup_steps < 0:
@@ -61,6 +64,7 @@ class LanguageModel(pl.LightningModule):
                 raise ValueError(f"{name} must be positive and finite, got {value}")
         self.transformer = Transformer(config)
         self.optimizer = optimizer
+        self.compile_transformer = compile
         self.warmup_steps = warmup_steps
         self.final_lr = final_lr
         self.lr_factors = {"matrices": matrix_lr, "embeddings": embedding_lr, "gains": 1.0}
@@ -78,7 +82,15 @@ class LanguageModel(pl.LightningModule):
     def training_step(self, batch_BL: Tensor) -> Tensor:
         loss = self.loss(batch_BL)
         self.log("loss/train", loss)
-        return loss
+        return loss + self.transformer.balance_loss()
+
+    def configure_model(self) -> None:
+        """Shards block by block under Lightning's `ModelParallelStrategy` (FSDP2), and compiles on request."""
+        if self.device_mesh is not None and not isinstance(self.transformer, FSDPModule):
+            for part in (*self.transformer.blocks, self.transformer):
+                fully_shard(part, mesh=self.device_mesh["data_parallel"])
+        if self.compile_transformer:
+            self.transformer.compile()  # type: ignore[no-untyped-call]
 
     def validation_step(self, batch_BL: Tensor) -> None:
         self.log("loss/val", self.loss(batch_BL), batch_size=len(batch_BL), prog_bar=True)

@@ -15,14 +15,20 @@ from typing import Any
 
 import lightning
 import lightning.pytorch as pl
+import torch
 from jsonargparse import ActionConfigFile, Namespace  # type: ignore[attr-defined]
 from lightning.pytorch.cli import ArgsType, LightningArgumentParser, LightningCLI
+from lightning.pytorch.strategies import ModelParallelStrategy, StrategyRegistry
 
 from msign_lightning import MSignCallback
 from msign_lightning.recipes import recipe_file, recipe_names
 from msign_lightning.recipes.data import TextDataModule
 from msign_lightning.recipes.module import LanguageModel
+from msign_lightning.recipes.transformer import Transformer, TransformerConfig
 from msign_lightning.settings import RestorationSettings
+
+# Lightning has no name for the strategy that shards block by block, which `LanguageModel.configure_model` does.
+StrategyRegistry.register("fsdp2", ModelParallelStrategy, override=True)
 
 
 class RecipeAction(ActionConfigFile):
@@ -81,6 +87,8 @@ class RecipeCLI(LightningCLI):
         if msign["stop"] is None and max_steps > 0:
             first = RestorationSettings(msign["period"], start=msign["start"]).first
             msign["stop"] = max(first, max_steps - msign["period"])
+        if self.subcommand in (None, "fit"):
+            _check_memory(config)
 
     def instantiate_trainer(self, **kwargs: Any) -> pl.Trainer:
         trainer = super().instantiate_trainer(**kwargs)
@@ -97,6 +105,33 @@ def _check_writable(folder: str) -> None:
     existing = next(p for p in (path, *path.parents) if p.exists())
     if "://" not in folder and not (existing.is_dir() and os.access(existing, os.W_OK)):
         raise ValueError(f"trainer.default_root_dir must be a folder that can be written to, got {folder!r}")
+
+
+def _check_memory(config: Namespace) -> None:
+    """Raises before there is a model if its training can't fit into the memory of one device, which is to hold it all.
+
+    In fp32 a parameter takes 16 bytes with its gradient and AdamW's two moments; activations come on top.
+    """
+    trainer = config["trainer"]
+    if any(word in str(trainer["strategy"]).lower() for word in ("fsdp", "modelparallel", "deepspeed")):
+        return
+    with torch.device("meta"):
+        model = Transformer(TransformerConfig(**config["model"]["config"].as_dict()))
+    count = sum(parameter.numel() for parameter in model.parameters())
+    device, memory = _memory(trainer["accelerator"])
+    if 16 * count > memory:
+        raise ValueError(
+            f"{count / 1e9:.2f}G parameters need {16 * count / 2**30:.0f} GiB with gradients and AdamW's state, got "
+            f"{memory / 2**30:.0f} GiB of {device} memory: shard them with --trainer.strategy=fsdp2 on several devices"
+        )
+
+
+def _memory(accelerator: Any) -> tuple[str, float]:
+    """What the parameters must fit into, and how many bytes it has."""
+    if accelerator in ("auto", "gpu", "cuda") and torch.cuda.is_available():
+        return "GPU", torch.cuda.get_device_properties(0).total_memory
+    known = "SC_PHYS_PAGES" in getattr(os, "sysconf_names", {})
+    return "CPU", os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") if known else float("inf")
 
 
 def load_recipe(name: str, *arguments: str, callbacks: Sequence[pl.Callback] = ()) -> RecipeCLI:

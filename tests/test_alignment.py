@@ -24,7 +24,7 @@ def linear(width: int = 16, out: int = 12) -> nn.ModuleDict:
 
 def measured(layer: nn.ModuleDict, x: Tensor):
     alignment = SpectralAlignment(layer, select_targets(layer))
-    with alignment.armed(SpectrumMonitor(select_targets(layer), exact=True).measure()):
+    with alignment.armed(SpectrumMonitor(select_targets(layer)).measure()):
         layer.mlp(x)
     (matrix,) = alignment.result().matrices
     return matrix
@@ -40,15 +40,10 @@ def test_random_tokens_lie_on_both_sides():
     found = measured(layer, x)
     cosines = (x.double() @ top_right(layer.mlp.weight)) / x.double().norm(dim=-1)
     assert found.tokens == 4000
-    assert found.majority_fraction == pytest.approx(0.5, abs=0.03)
     p = (cosines > 0).double().mean().item()
-    assert found.majority_fraction == pytest.approx(max(p, 1 - p), abs=1e-3)
+    assert found.sign_diversity == pytest.approx(1, abs=0.06)
     assert found.sign_diversity == pytest.approx(2 * min(p, 1 - p), abs=2e-3)
     assert abs(found.mean) == pytest.approx(abs(cosines.mean().item()), abs=1e-5)
-    expected = torch.quantile(cosines.flatten(), torch.tensor([0.05, 0.25, 0.5, 0.75, 0.95]).double())
-    if found.mean * cosines.mean() < 0:
-        expected = -expected.flip(0)
-    assert found.quantiles == pytest.approx(expected.tolist(), abs=0.01)
 
 
 @pytest.mark.parametrize("scale", [1e-20, 1.0, 1e15])
@@ -56,7 +51,6 @@ def test_aligned_tokens_are_all_on_one_side(scale):
     layer = linear()
     noise = torch.randn(4, 50, 16, generator=torch.Generator().manual_seed(3))
     found = measured(layer, scale * (20 * top_right(layer.mlp.weight).float() + noise))
-    assert found.majority_fraction == 1
     assert found.sign_diversity == 0
     assert abs(found.mean) > 0.9
 
@@ -66,7 +60,6 @@ def test_collapse_shows_whatever_the_sign_and_shows_in_part():
     v = top_right(layer.mlp.weight).float()
     for signs, majority in ((-torch.ones(10), 1.0), (torch.tensor([1.0] * 3 + [-1.0] * 7), 0.7)):
         found = measured(layer, torch.outer(signs, v))
-        assert found.majority_fraction == pytest.approx(majority)
         assert found.sign_diversity == pytest.approx(2 - 2 * majority)
         assert abs(found.mean) == pytest.approx(2 * majority - 1, abs=1e-5)
 
@@ -80,12 +73,12 @@ def test_zero_and_non_finite_tokens_do_not_count():
     assert measured(layer, torch.cat([bad, x])) == expected
     nothing = measured(layer, bad)
     assert nothing.tokens == 0
-    assert math.isnan(nothing.majority_fraction)
+    assert math.isnan(nothing.sign_diversity)
 
 
 def model_alignments(model: nn.Module, forward):
     alignment = SpectralAlignment(model, select_targets(model))
-    with alignment.armed(SpectrumMonitor(select_targets(model), exact=True).measure()):
+    with alignment.armed(SpectrumMonitor(select_targets(model)).measure()):
         forward()
     return {m.name: m for m in alignment.result().matrices}
 
@@ -128,7 +121,7 @@ def test_bf16_models_are_measured_in_fp32():
     b = model_alignments(half, lambda: run(half, tokens()))
     for name, m in a.items():
         assert abs(b[name].mean) == pytest.approx(abs(m.mean), abs=0.02)
-        assert b[name].majority_fraction == pytest.approx(m.majority_fraction, abs=0.1)
+        assert b[name].sign_diversity == pytest.approx(m.sign_diversity, abs=0.2)
     with torch.autocast("cpu", dtype=torch.bfloat16):
         c = model_alignments(full, lambda: run(full, tokens()))
     assert c["model.layers.0.self_attn.q_proj.weight"] == a["model.layers.0.self_attn.q_proj.weight"]
@@ -166,7 +159,7 @@ def test_hooks_are_gone_after_an_error():
 
 def test_micro_batches_add_up_and_arming_starts_anew():
     model = llama()
-    spectrum = SpectrumMonitor(select_targets(model), exact=True).measure()
+    spectrum = SpectrumMonitor(select_targets(model)).measure()
     alignment = SpectralAlignment(model, select_targets(model))
     with alignment.armed(spectrum):
         run(model, tokens(5)).backward()
@@ -176,7 +169,7 @@ def test_micro_batches_add_up_and_arming_starts_anew():
         run(model, torch.cat([tokens(5), tokens(6)]))
     for a, b in zip(parts, alignment.result().matrices, strict=True):
         assert a.tokens == b.tokens == 128
-        assert a.majority_fraction == b.majority_fraction
+        assert a.sign_diversity == b.sign_diversity
         assert a.mean == pytest.approx(b.mean, abs=1e-6)
     with alignment.armed(spectrum):
         pass
@@ -290,12 +283,6 @@ def test_alignment_takes_linear_layers_only_and_says_so():
     assert [t.name for t in SpectralAlignment(layer, select_targets(layer, "mlp", cuts=split_by_inputs)).targets] == [
         "linear2.weight"
     ]
-
-
-@pytest.mark.parametrize("gap", [0, 1, -0.1, math.nan])
-def test_gap_must_lie_between_0_and_1(gap):
-    with pytest.raises(ValueError, match=f"gap must be between 0 and 1, got {gap}"):
-        SpectralAlignment(llama(), [], gap=gap)
 
 
 def test_alignment_needs_a_spectrum_of_its_targets():

@@ -2,15 +2,18 @@
 
 import json
 import math
+from collections import Counter
 
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from torch import nn
+from torch.overrides import TorchFunctionMode
 from torch.profiler import ProfilerActivity, profile
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from msign_lightning import linalg
+from msign_lightning import Restoration, linalg
 from msign_lightning.linalg import (
     check_options,
     default_rtol,
@@ -318,7 +321,7 @@ class OutOfMemory(TorchDispatchMode):
         self.fail_at, self.precisions = fail_at, []
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-        if func is torch.ops.aten.bmm.default:
+        if func in (torch.ops.aten.bmm.default, torch.ops.aten.baddbmm.default):
             newer = getattr(torch.backends.cuda.matmul, "fp32_precision", None)
             self.precisions.append(
                 {"ieee": "highest", "tf32": "high"}[newer] if newer else torch.get_float32_matmul_precision()
@@ -374,6 +377,89 @@ def test_polynomial_needs_three_times_the_memory_of_its_input(shape, tmp_path):
         held += event["args"]["Bytes"]
         peak = max(peak, held)
     assert 2 * X.nbytes < peak < 3.01 * X.nbytes
+
+
+class OnDevice(TorchDispatchMode):
+    """Refuses what would make the host wait for a GPU, which a CPU can't show, and counts what would be kernels."""
+
+    READING = ("_local_scalar_dense", "item", "is_nonzero", "equal", "nonzero", "masked_select", "_linalg_svd")
+
+    def __init__(self):
+        super().__init__()
+        self.kernels = Counter()
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        name, kwargs = func._opname, kwargs or {}
+        masks = [i for i in args[1] if i is not None and i.dtype == torch.bool] if name.startswith("index") else []
+        if name in self.READING or masks or (name == "_to_copy" and kwargs.get("device") is not None):
+            raise AssertionError(f"{name} waits for the device")
+        if not (func.is_view or name in ("empty", "empty_like", "new_empty", "scalar_tensor", "_unsafe_view")):
+            self.kernels[name] += 1
+        return func(*args, **kwargs)
+
+
+class HostReads(TorchFunctionMode):
+    """Counts the methods that bring values to the host; on a CPU these read memory below the dispatcher."""
+
+    NAMES = ("tolist", "item", "cpu", "numpy", "__bool__", "__float__", "__int__", "__index__", "__array__")
+
+    def __init__(self):
+        super().__init__()
+        self.names = []
+
+    def __torch_function__(self, func, types, args=(), kwargs=None):
+        if getattr(func, "__name__", None) in self.NAMES:
+            self.names.append(func.__name__)
+        return func(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize("read", [torch.Tensor.item, bool, torch.nonzero, lambda x: x[x > 0], torch.linalg.svd])
+def test_reading_on_the_host_is_refused(read):
+    with OnDevice(), pytest.raises(AssertionError, match="waits for the device"):
+        read(torch.ones(1, 1))
+
+
+@pytest.mark.parametrize("shape", [(3, 40, 24), (3, 24, 40), (1, 300, 300)])
+@pytest.mark.parametrize("method", METHODS[1:])
+def test_polynomials_never_wait_for_the_device(method, shape):
+    X = gaussian(*shape)
+    X[0, 0, 0] = math.nan
+    restore_(X.clone(), method=method)  # makes the schedule, on the host
+    with OnDevice(), HostReads() as reads:
+        restore_(X, method=method)
+        msign(X, method=method)
+        top_singular_triplets(X)
+    assert reads.names == []
+
+
+@pytest.mark.parametrize("method", METHODS[1:3])
+def test_a_step_of_a_polynomial_is_three_products_and_two_other_operators(method):
+    X = gaussian(3, 24, 40)
+    arithmetic = linalg._ARITHMETIC[method]
+    steps = len(linalg.minimax_schedule(arithmetic.floor, arithmetic.safety, arithmetic.polish))
+    restore_(X.clone(), method=method)
+    with OnDevice() as device:
+        restore_(X, method=method)
+    assert device.kernels["baddbmm"] == steps - 1
+    assert device.kernels["where"] + device.kernels["add_"] <= 2 * steps + 12
+    assert sum(device.kernels.values()) <= 5 * steps + 76
+
+
+def test_an_application_is_one_transfer_to_the_host():
+    model = nn.ModuleDict({"mlp": nn.Sequential(nn.Linear(24, 40), nn.Linear(40, 24), nn.Linear(24, 24).bfloat16())})
+    restoration = Restoration(model, targets=["mlp.*"], method="polynomial")
+    restoration.apply()
+    with OnDevice(), HostReads() as reads:
+        restoration.apply()
+    assert reads.names == ["tolist"]
+
+
+@pytest.mark.parametrize("method, accuracy", [("polynomial", 1e-5), ("polynomial_bf16", 2e-2)])
+@pytest.mark.parametrize("rank", [1, 5, 24])
+def test_stable_rank_after_is_that_of_the_result(rank, method, accuracy):
+    X = with_spectrum(torch.linspace(1, 0.01, rank), 24, 40).float()
+    report = restore_(X, method=method)
+    assert report.stable_rank_after.item() == pytest.approx(stable_rank(X).item(), rel=accuracy)
 
 
 # schedule

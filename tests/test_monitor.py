@@ -141,7 +141,7 @@ def test_readings_are_those_of_the_weights_before_the_step(make):
             assert found == pytest.approx(expected, rel=0.03)
         if reading.alignment is not None:
             exact = SpectralAlignment(model, select_targets(model))
-            with exact.armed(SpectrumMonitor(select_targets(model), exact=True).measure()):
+            with exact.armed(SpectrumMonitor(select_targets(model)).measure()):
                 loss_of(model, batch(step))
             for mine, its in zip(reading.alignment.matrices, exact.result().matrices, strict=True):
                 assert mine.tokens == 48

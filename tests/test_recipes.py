@@ -16,11 +16,18 @@ import yaml
 from lightning_utilities.core.rank_zero import rank_zero_only
 from torch.optim import SGD, AdamW
 
-from msign_lightning import MSignCallback, recipes, select_targets
+from msign_lightning import MSignCallback, check_cuts, recipes, select_targets
 from msign_lightning.recipes.data import FixedWindows, RandomWindows, TextDataModule, Windows
 from msign_lightning.recipes.module import LanguageModel
 from msign_lightning.recipes.train import RecipeCLI, load_recipe
-from msign_lightning.recipes.transformer import Attention, Transformer, TransformerConfig, rotary_angles, rotate
+from msign_lightning.recipes.transformer import (
+    Attention,
+    LatentAttention,
+    Transformer,
+    TransformerConfig,
+    rotary_angles,
+    rotate,
+)
 
 RECIPES = sorted(Path(recipes.__file__).parent.rglob("*.yaml"))
 SMALL = TransformerConfig(n_layers=2, width=16, n_heads=4, mlp_width=32)
@@ -29,6 +36,9 @@ VARIANTS = {
     "tiny": SMALL,
     "llama": TransformerConfig(n_layers=2, width=16, n_heads=4, mlp_width=24, tied_head=False, **LLAMA_LIKE),
     "grouped, qk norm": TransformerConfig(n_layers=2, width=16, n_heads=4, n_kv_heads=2, mlp_width=32, qk_norm=True),
+    "latent": TransformerConfig(n_layers=2, width=16, n_heads=4, mlp_width=24, latent_width=4, **LLAMA_LIKE),
+    "experts": TransformerConfig(n_layers=2, width=16, n_heads=4, mlp_width=8, n_experts=4, experts_per_token=2),
+    "norm-free": TransformerConfig(n_layers=2, width=16, n_heads=4, mlp_width=32, norm="none", activation="gelu_tanh"),
 }
 
 
@@ -127,31 +137,64 @@ class TestTransformer:
         tokens = torch.randint(256, (2, 5))
         torch.testing.assert_close(scaled(tokens), plain(tokens))
 
-    @pytest.mark.parametrize(
-        ("nominal", "blocks", "config"),
-        [
-            (5e6, 24 * (4 * 48**2 + 2 * 48 * 192), {"n_layers": 24, "width": 48, "n_heads": 6, "mlp_width": 192}),
-            (
-                40e6,
-                28 * (4 * 128**2 + 3 * 128 * 448),
-                {"n_layers": 28, "width": 128, "n_heads": 4, "mlp_width": 448, "vocab_size": 128_256, **LLAMA_LIKE},
-            ),
-            (
-                1e9,
-                16 * (4 * 2048**2 + 3 * 2048 * 5440),
-                {"n_layers": 16, "width": 2048, "n_heads": 16, "mlp_width": 5440, **LLAMA_LIKE},
-            ),
-        ],
-        ids=["NanoGPT-5M", "Sigma-40M", "LLaMA-1B"],
-    )
-    def test_dense_configurations_of_the_paper(self, nominal, blocks, config):
-        with torch.device("meta"):
-            model = Transformer(TransformerConfig(**{"vocab_size": 50_257, "tied_head": False, **config}))
-            logits = model(torch.zeros(1, 4, dtype=torch.long))
-        assert logits.shape == (1, 4, model.config.vocab_size)
-        matrices = [p for name, p in model.named_parameters() if name.startswith("blocks.") and p.ndim == 2]
-        assert sum(p.numel() for p in matrices) == blocks
-        assert sum(p.numel() for p in model.parameters()) == pytest.approx(nominal, rel=0.1)
+    def test_latent_attention_is_attention_with_the_products_of_its_matrices(self):
+        torch.manual_seed(0)
+        config = TransformerConfig(width=16, n_heads=4, zero_query=False, init_std=0.5)
+        latent, full = LatentAttention(config, 4), Attention(config)
+        x = torch.randn(2, 5, 16)
+        c = latent.kv_norm(latent.kv_a_proj(x))
+        torch.testing.assert_close(c, F.rms_norm(x @ latent.kv_a_proj.weight.T, (4,), eps=1e-5))
+        # Keys and values of a full attention that sees the latent, in the first four of its inputs.
+        seen = F.pad(c, (0, 12))
+        for name in ("k_proj", "v_proj"):
+            getattr(full, name).weight.data = F.pad(getattr(latent, name).weight.data, (0, 12))
+        full.o_proj.weight.data = latent.o_proj.weight.data
+        q, k, v = (
+            t.unflatten(-1, (4, 4)).transpose(1, 2) for t in (latent.q_proj(x), full.k_proj(seen), full.v_proj(seen))
+        )
+        scores = (q @ k.mT / 2).masked_fill(torch.ones(5, 5).triu(1).bool(), -math.inf).softmax(-1)
+        torch.testing.assert_close(latent(x, None), full.o_proj((scores @ v).transpose(1, 2).flatten(2)))
+
+    def test_each_token_goes_to_its_experts_by_their_probability(self):
+        torch.manual_seed(0)
+        mlp = Transformer(TransformerConfig(**{**vars(VARIANTS["experts"]), "init_std": 0.5})).blocks[0].mlp
+        experts = mlp.experts
+        x = torch.randn(2, 7, 16)
+        p = (x @ mlp.router.weight.T).softmax(-1)
+        top, chosen = p.topk(2)
+        every = [F.gelu(x @ experts.up_proj[e].T) @ experts.down_proj[e].T for e in range(4)]
+        mask = torch.zeros_like(p).scatter(-1, chosen, top / top.sum(-1, keepdim=True))
+        torch.testing.assert_close(mlp(x), sum(mask[..., e, None] * every[e] for e in range(4)))
+        shares = mask.ne(0).flatten(0, 1).float().mean(0) / 2
+        torch.testing.assert_close(mlp.balance, 4 * (shares * p.flatten(0, 1).mean(0)).sum())
+        assert mlp.balance > 1
+
+    def test_the_balancing_loss_is_trained_on_and_not_reported(self, text, tmp_path):
+        model = LanguageModel(VARIANTS["experts"], partial(SGD, lr=0.0))
+        record = Record()
+        run = trainer(tmp_path, max_steps=1, callbacks=[record])
+        run.fit(model, TextDataModule(str(text)))
+        balance = 0.01 * torch.stack([block.mlp.balance for block in model.transformer.blocks]).mean()
+        assert record.losses[0] == pytest.approx((run.callback_metrics["loss/train"] + balance).item())
+        assert balance > 0.009
+        assert LanguageModel(SMALL).transformer.balance_loss() == 0
+
+    def test_a_norm_free_model_has_one_norm(self):
+        model = Transformer(VARIANTS["norm-free"])
+        assert [name for name, module in model.named_modules() if isinstance(module, torch.nn.LayerNorm)] == ["norm"]
+        x = torch.randn(3, 16)
+        mlp = model.blocks[0].mlp
+        expected = F.gelu(x @ mlp.up_proj.weight.T, approximate="tanh") @ mlp.down_proj.weight.T
+        torch.testing.assert_close(mlp(x), expected)
+
+    @pytest.mark.parametrize("config", VARIANTS.values(), ids=VARIANTS)
+    def test_all_matrices_of_the_blocks_are_found_and_cut_as_the_forward_uses_them(self, config):
+        torch.manual_seed(0)
+        model = Transformer(TransformerConfig(**{**vars(config), "zero_query": False, "init_std": 0.5}))
+        targets = select_targets(model)
+        matrices = {name for name, p in model.named_parameters() if name.startswith("blocks.") and p.ndim >= 2}
+        assert {target.parameter_name for target in targets} == {n for n in matrices if "router" not in n}
+        assert all(check_cuts(targets, model, torch.randint(256, (2, 8))).values())
 
     @pytest.mark.parametrize(("variant", "mlp_matrices"), [("tiny", 2), ("llama", 3)])
     def test_matrices_are_found_as_attention_and_mlp(self, variant, mlp_matrices):
@@ -173,6 +216,9 @@ class TestTransformer:
             ({"norm": "batchnorm"}, "norm must be one of .*, got 'batchnorm'"),
             ({"activation": "relu"}, "activation must be one of .*, got 'relu'"),
             ({"positions": "alibi"}, "positions must be one of .*, got 'alibi'"),
+            ({"latent_width": 0}, "latent_width must be a positive integer, got 0"),
+            ({"n_experts": 3}, "experts_per_token must be from 1 to n_experts 3, got 4"),
+            ({"balance_weight": -1}, "balance_weight must not be negative, got -1"),
             ({"init_std": 0.0}, "init_std must be positive and finite, got 0.0"),
             ({"embedding_scale": math.nan}, "embedding_scale must be positive and finite, got nan"),
             ({"n_heads": 32, "positions": "rope"}, "must be even with positions 'rope', got 1"),
@@ -275,10 +321,8 @@ class TestTextDataModule:
         assert first.min() >= 1000
         assert first.max() < 1300
         assert torch.equal(torch.cat(list(data.val_dataloader()))[:, 0], torch.arange(2000, 2090, 10))
-        small = TextDataModule(str(tmp_path), 10, 3)
-        small.setup("fit")
-        with pytest.raises(ValueError, match="tokens must be below vocab_size 256, got 1"):
-            next(iter(small.train_dataloader()))
+        with pytest.raises(ValueError, match="must hold tokens below 256, got 1299"):
+            TextDataModule(str(tmp_path), 10, 3).setup("fit")
 
     @pytest.mark.parametrize("files", [{"train.bin": 64}, {"val.bin": 64}])
     def test_token_file_missing(self, tmp_path, files):
@@ -293,6 +337,16 @@ class TestTextDataModule:
         (tmp_path / "val.bin").write_bytes(bytes(size))
         with pytest.raises(ValueError, match=rf"val.bin must hold uint16 tokens, got {size} bytes"):
             self.read(tmp_path)
+
+    def test_token_files_of_a_large_vocabulary(self, tmp_path):
+        for split in ("train", "val"):
+            np.arange(90_000, 90_300).astype("<u4").tofile(tmp_path / f"{split}.bin")
+        data = TextDataModule(str(tmp_path), 10, 3, vocab_size=100_000)
+        data.setup("fit")
+        assert next(iter(data.train_dataloader())).min() >= 90_000
+        (tmp_path / "val.bin").write_bytes(bytes(6))
+        with pytest.raises(ValueError, match="must hold uint32 tokens"):
+            TextDataModule(str(tmp_path), 10, 3, vocab_size=100_000).setup("fit")
 
     def test_token_files_take_no_tokenizer(self, tmp_path):
         for name in ("train.bin", "val.bin"):
@@ -481,7 +535,7 @@ COMMAND_LINES = [command_line, pytest.param(composer_command_line, marks=pytest.
 class TestCommandLine:
     @pytest.mark.parametrize("file", RECIPES, ids=lambda file: f"{file.parent.name}/{file.stem}")
     def test_every_recipe_builds(self, file):
-        recipe = load_recipe(str(file))
+        recipe = load_recipe(str(file), "--model.config.n_layers=1", "--model.config.width=96")
         assert recipe.trainer.max_steps > 0
         assert recipe.datamodule.vocab_size == recipe.model.transformer.config.vocab_size
         assert len(msign_callbacks(recipe)) == 1

@@ -38,20 +38,12 @@ def apply_msign(
 
     Each target W becomes ‖W‖_F · UVᵀ / ‖UVᵀ‖_F (arXiv 2602.01734, Eq. 14), where W = USVᵀ is its reduced SVD.
 
-    Warns with `NoEffectWarning` if the model has no such matrix.
+    Warns with `NoEffectWarning` if the model has no such matrix. The arguments are those of `RestorationSettings`. If
+    the model is sharded, every rank must call this.
 
     Example::
 
         report = apply_msign(model, "attention")
-
-    Args:
-        model: The model that holds the matrices; if it is sharded, every rank must call this.
-        targets: As of `MSign`, and so are the others.
-        rule: "msign" or "cap".
-        method: How the matrix sign is computed.
-        rtol: Singular values below rtol · σ₁ count as zero.
-        exclude: Globs over parameter names to leave out.
-        cuts: Globs over parameter names → `Cut`.
 
     Returns:
         What was done to which matrix; its `step` is 0, for no optimizer step was counted.
@@ -72,12 +64,12 @@ def apply_msign(
 class MSign(RestorationShell, Algorithm):
     """Restores the stable rank of weight matrices every `period` optimizer steps (MSign, arXiv 2602.01734).
 
-    See `msign_lightning.settings.RestorationSettings` for what happens when, and for the arguments. At
-    `Event.FIT_START` it hooks into the optimizers, also into the one that `SAM` wraps. Each application is logged under
-    `msign/...`, at the same step as the loss of its batch.
+    See `msign_lightning.settings.RestorationSettings` for what happens when, and for the arguments. It hooks into the
+    optimizers, also into the one that `SAM` wraps. Each application is logged under `msign/...`, at the same step as
+    the loss of its batch. Warns with `NoEffectWarning` when fitting starts if the model has no such matrix.
 
     Resuming from a checkpoint continues the count exactly. A checkpoint that was saved without MSign continues at the
-    trainer's own count of batches. Warns with `NoEffectWarning` when fitting starts if the model has no such matrix.
+    trainer's own count of batches.
 
     Example::
 

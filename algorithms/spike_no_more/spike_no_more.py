@@ -26,23 +26,13 @@ def apply_spike_no_more(
 ) -> SpikeNoMoreReport:
     """Prepares a new model for stable pre-training, in place (arXiv 2312.16903).
 
-    Draws the embedding and the matrices of attention and MLP from N(0, 2/(5d)), with W_O and the MLP's W_2 divided by
-    √(2N), and makes the embeddings' output large. Done at most once to a model. See
-    `msign_lightning.spike_no_more.spike_no_more_`.
+    As `msign_lightning.spike_no_more.spike_no_more_`, whose arguments it takes, but `optimizers` made before this call
+    train the new LayerNorm of "embed_ln" too: in the group of the model's other vectors (gains, biases), else in that
+    of the embedding.
 
     Example::
 
         apply_spike_no_more(model, "embed_ln", optimizers=optimizer)
-
-    Args:
-        model: The model, before it is wrapped.
-        shortcut: "scaled_embed" (× √d), "embed_ln" (LayerNorm), or None.
-        optimizers: Optimizers made before this call, to train the new LayerNorm of "embed_ln" too: in the group of the
-            model's other vectors (gains, biases), else in that of the embedding.
-        **settings: The other arguments of `SpikeNoMore`.
-
-    Returns:
-        What was done.
 
     Raises:
         ValueError: An argument is out of its range, or the embedding, the matrices or their outputs can't be
@@ -58,18 +48,14 @@ def apply_spike_no_more(
 class SpikeNoMore(SpikeNoMoreSettings, Algorithm):
     """Prepares a new model for stable pre-training at `Event.INIT` (Spike No More, arXiv 2312.16903).
 
-    Draws the embedding and the matrices of attention and MLP from N(0, 2/(5d)), with W_O and the MLP's W_2 divided by
-    √(2N), and makes the embeddings' output large. That comes before the trainer loads a checkpoint (`load_path`,
-    `autoresume`), whose weights hence stay; every trainer that loads or evaluates such a checkpoint needs this
-    algorithm too. A model that holds trained weights when it is given to the trainer needs `init=False`.
-
-    The weights are drawn with the trainer's seed, the same on every rank, whatever the state of the generator.
+    See `msign_lightning.spike_no_more.SpikeNoMoreSettings` for the arguments. It comes before the trainer loads a
+    checkpoint (`load_path`, `autoresume`), whose weights hence stay; every trainer that loads or evaluates such a
+    checkpoint needs this algorithm too. A model that holds trained weights when it is given to the trainer needs
+    `init=False`. The weights are drawn with the trainer's seed, the same on every rank.
 
     Example::
 
         trainer = Trainer(..., algorithms=[SpikeNoMore()])
-
-    The arguments are those of `msign_lightning.spike_no_more.SpikeNoMoreSettings`.
 
     Raises:
         ValueError: An argument is out of its range; or when the trainer begins, the embedding, the matrices or their
@@ -77,11 +63,9 @@ class SpikeNoMore(SpikeNoMoreSettings, Algorithm):
     """
 
     def match(self, event: Event, state: State) -> bool:
-        """Once, where a trainer begins."""
         return event == Event.INIT
 
     def apply(self, event: Event, state: State, logger: Logger) -> None:
-        """Prepares the model, and has the optimizer train what is new."""
         with reproducibility.seed_context(state.rank_zero_seed):
             report = apply_spike_no_more(state.model, optimizers=state.optimizers, **self.arguments())
         logger.log_hyperparameters({"spike_no_more/matrices": len(report.matrices)})

@@ -35,13 +35,11 @@ class StabilityMonitor(MonitorShell, Callback):
         self._siblings = [self]
 
     def init(self, state: State, logger: Logger) -> None:
-        """Forgets an earlier trainer."""
-        self._stop()
+        self._stop()  # and forget an earlier trainer
         self._state = None
         self._siblings = [callback for callback in state.callbacks if isinstance(callback, StabilityMonitor)]
 
     def fit_start(self, state: State, logger: Logger) -> None:
-        """Selects what to measure."""
         refuse_flat_weights(self, state)
         steps = int(state.timestamp.batch)  # at zero the run is new, or `fit(reset_time=True)` says so
         optimizer = innermost(ensure_tuple(state.optimizers)[0])
@@ -49,12 +47,11 @@ class StabilityMonitor(MonitorShell, Callback):
             log.info(self._start(state.model, optimizer, steps, sink(state, logger)))
 
     def batch_start(self, state: State, logger: Logger) -> None:
-        """Measures the weights, if that is due, and prepares to measure the forward passes."""
         self._begin_batch()
 
     def after_backward(self, state: State, logger: Logger) -> None:
         """Takes the norm of the gradients; that of the last microbatch stays, before any algorithm clips it."""
-        scaler = state.scaler if state.scaler is not None and state.scaler.is_enabled() else None
+        scaler = state.scaler
         self._take_gradients(ensure_tuple(state.optimizers)[0], scaler.get_scale if scaler is not None else lambda: 1.0)
 
     def batch_end(self, state: State, logger: Logger) -> None:
@@ -62,12 +59,10 @@ class StabilityMonitor(MonitorShell, Callback):
         self._end_batch((state.total_loss_dict or {}).get("loss/train/total"))
 
     def fit_end(self, state: State, logger: Logger) -> None:
-        """Reads the last losses and lets go of model and optimizer."""
         self._finish()
 
     def close(self, state: State, logger: Logger) -> None:
-        """Lets go likewise, after an exception too."""
-        self._stop()
+        self._stop()  # after an exception too
 
     def state_dict(self) -> dict[str, Any]:
         """What exact resumption needs: steps counted, active alarms, recent losses, and two vectors per matrix.
