@@ -33,10 +33,10 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from msign_lightning._version import __version__
-from msign_lightning.linalg import Rule, check_options
+from msign_lightning.linalg import Rule, check_options, top_singular_triplets
 from msign_lightning.recognition import find_candidates
 from msign_lightning.restoration import MatrixReport, Restorer
-from msign_lightning.spectrum import SpectrumMonitor
+from msign_lightning.spectrum import COLD_ITERATIONS
 from msign_lightning.targets import Cut, Group, Target, left_out, select_targets
 
 __all__ = ["Checkpoint", "Measured", "Selection", "find_checkpoints", "measure", "read", "restore_copy", "select"]
@@ -632,7 +632,7 @@ def _left(model: nn.Module, chosen: Sequence[Target], checkpoint: Checkpoint) ->
 
 
 class Measured(NamedTuple):
-    """One matrix of a checkpoint; all NaN where `note` says why it could not be measured."""
+    """One matrix of a checkpoint; `note` says what is wrong with it, values that could not be had are NaN."""
 
     name: str
     group: Group
@@ -643,20 +643,23 @@ class Measured(NamedTuple):
     note: str
 
 
+@torch.no_grad()
 def measure(selection: Selection) -> Iterator[list[Measured]]:
     """Measures one parameter after the other, each matrix as `SpectrumMonitor` does the first time."""
     for stored, targets in selection.parameters:
-        if stored.dtype in _FLOATS:
-            found = []
-            for member in _members(targets, stored.read()):
-                (m,) = SpectrumMonitor([member]).measure().matrices
-                note = "" if math.isfinite(m.stable_rank) else "not finite"
-                norm = math.sqrt(m.stable_rank) * m.spectral_norm
-                found.append(Measured(m.name, m.group, member.shape, m.stable_rank, m.spectral_norm, norm, note))
-            yield found
-        else:
-            unknown = (math.nan,) * 3
-            yield [Measured(name, t.group, t.shape, *unknown, stored.dtype) for t in targets for name in t.matrix_names]
+        found = []
+        for member in _members(targets, stored.read()) if stored.dtype in _FLOATS else ():
+            W = member.matrix(member.parameter)  # in its own dtype, for a copy may be as large as all else together
+            k, generator = min(2, *member.shape), torch.Generator().manual_seed(0)
+            sigma = top_singular_triplets(W, k, iterations=COLD_ITERATIONS, generator=generator)[1][0, 0].item()
+            norm = torch.linalg.vector_norm(W, dtype=torch.promote_types(W.dtype, torch.float32)).item()
+            note = "not finite" if math.isnan(sigma) else "all zero" if sigma == 0 else ""
+            rank = (norm / sigma) ** 2 if sigma else sigma
+            found.append(Measured(member.name, member.group, member.shape, rank, sigma, norm, note))
+        unknown = (math.nan,) * 3
+        yield found or [
+            Measured(name, t.group, t.shape, *unknown, stored.dtype) for t in targets for name in t.matrix_names
+        ]
 
 
 def restore_copy(source: str | Path, target: str | Path, rule: Rule = "msign", **options: Any) -> list[MatrixReport]:

@@ -112,14 +112,13 @@ def inspect(
     if known:
         looks.sort(key=lambda look: look.step)
     for look in looks:
-        look.alarms = detector.update(
-            look.step, stable_ranks={m.name: m.stable_rank for m in look.matrices if not _dtype(m)}
-        )
+        ranks = {m.name: m.stable_rank for m in look.matrices if m.note in ("", "not finite")}
+        look.alarms = detector.update(look.step, stable_ranks=ranks)
     verdict = _verdict(looks)
     print(_table(looks, top), left, sep="\n")
     if len(looks) > 1:
         print(_trend(looks))
-    if not known:
+    if not known and len(looks) > 1:
         print("not all checkpoints say their step: they are numbered in the order given")
     print(*verdict, sep="\n")
     for path, reason in failed.items():
@@ -129,11 +128,6 @@ def inspect(
             write(looks, verdict, file)
             print(f"written: {file}")
     return 1 if failed or math.isnan(looks[-1].mean()) else 0
-
-
-def _dtype(m: Measured) -> bool:
-    """Whether it could not be read, which is no sign of a collapse."""
-    return bool(m.note) and m.note != "not finite"
 
 
 def falls_from(values: Sequence[float]) -> int | None:

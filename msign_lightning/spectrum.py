@@ -21,7 +21,7 @@ from msign_lightning.targets import Group, Target
 
 __all__ = ["MatrixSpectrum", "Spectrum", "SpectrumMonitor"]
 
-_COLD_ITERATIONS = 16  # twice what σ₁ needs, for the sake of σ₂
+COLD_ITERATIONS = 16  # twice what σ₁ needs, for the sake of σ₂
 _WARM_ITERATIONS = 2
 
 
@@ -143,7 +143,7 @@ class SpectrumMonitor:
         U, S, V = top_singular_triplets(
             X,
             min(2, *X.shape[-2:]),
-            iterations=_WARM_ITERATIONS if warm else _COLD_ITERATIONS,
+            iterations=_WARM_ITERATIONS if warm else COLD_ITERATIONS,
             V=torch.cat([self._right[target.name] for target in batch.targets]).to(X.device) if warm else None,
             generator=torch.Generator(X.device).manual_seed(self._measurements),
         )

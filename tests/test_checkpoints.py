@@ -336,8 +336,8 @@ def test_damaged_and_foreign_files_are_refused(tmp_path):
     tensors = (tmp_path / "good.safetensors").read_bytes()
     for name, content, match in [
         ("empty.ckpt", b"", "0 bytes"),
-        ("short.ckpt", good[: len(good) // 2], "sound checkpoint"),
-        ("text.ckpt", b"not a checkpoint", "unknown"),
+        ("short.ckpt", good[: len(good) // 2], "sound archive"),
+        ("text.ckpt", b"not a checkpoint", "of another kind"),
         ("short.safetensors", tensors[: len(tensors) // 2], "truncated"),
         ("shorter.safetensors", tensors[:100], "truncated"),
         ("header.safetensors", tensors[:8] + b"{" * 20000, "sound JSON"),
@@ -346,9 +346,13 @@ def test_damaged_and_foreign_files_are_refused(tmp_path):
         refused(tmp_path / name, match)
     torch.save(llama().state_dict(), tmp_path / "old.pt", _use_new_zipfile_serialization=False)
     refused(tmp_path / "old.pt", "before PyTorch 1.6")
-    refused(saved([1, 2], tmp_path / "list.pt"), "must hold a mapping")
+    refused(saved([1, 2], tmp_path / "list.pt"), "sound checkpoint")
     refused(saved({"lr": 1.0}, tmp_path / "none.pt"), "weights of a model")
     refused(tmp_path / "lost.pt", "must hold all its files")
+    (tmp_path / "model").mkdir()
+    index = {"weight_map": {"a": "../good.safetensors"}}
+    (tmp_path / "model" / "model.safetensors.index.json").write_text(json.dumps(index))
+    refused(tmp_path / "model", "files beside it")
 
 
 def test_a_missing_shard_and_quantised_weights(tmp_path):
@@ -493,7 +497,7 @@ def test_memory_stays_small_for_a_large_sharded_checkpoint(tmp_path):
     (tmp_path / "model.safetensors.index.json").write_text(json.dumps({"weight_map": index}))
     program = (
         "import resource, sys; from msign_lightning.cli import main; "
-        "assert main(['inspect', sys.argv[1]]) == 1; "
+        "assert main(['inspect', sys.argv[1], '--targets', '*.q_proj.weight']) == 1; "
         "print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss)"
     )
     environment = {**os.environ, "PYTHONPATH": str(ROOT)}
@@ -501,4 +505,4 @@ def test_memory_stays_small_for_a_large_sharded_checkpoint(tmp_path):
         [sys.executable, "-c", program, tmp_path], env=environment, text=True, stdout=subprocess.PIPE, check=True
     )
     assert sum(file.stat().st_size for file in tmp_path.glob("*.safetensors")) > 2e9
-    assert int(result.stdout.split()[-1]) < 1.2e6  # kilobytes
+    assert int(result.stdout.split()[-1]) < 0.9e6  # kilobytes; half a gigabyte has been measured

@@ -97,7 +97,17 @@ def test_what_can_not_be_read_is_said_and_the_rest_measured(run, capsys):
     assert main(["inspect", str(run)]) == 1
     said = capsys.readouterr()
     assert "alarm at step 400" in said.out
-    assert re.fullmatch(r"not read: .*500\.pt: .*sound checkpoint.*\n", said.err)
+    assert re.fullmatch(r"not read: .*500\.pt: .*sound archive.*\n", said.err)
+
+
+def test_weights_that_are_not_finite_are_an_alarm_of_their_own(run, capsys):
+    state = torch.load(run / "200.pt", weights_only=True)
+    state["model"]["model.layers.0.mlp.up_proj.weight"][3, 4] = math.inf
+    torch.save(state | {"iter_num": 250}, run / "250.pt")
+    assert main(["inspect", str(run / "250.pt"), str(run / "200.pt")]) == 0
+    said = capsys.readouterr().out
+    assert "verdict: non_finite alarm at step 250: 1 of 14 matrices, model.layers.0.mlp.up_proj.weight" in said
+    assert re.search(r"up_proj\.weight +mlp +48 x 32 +not finite", said)
 
 
 @pytest.mark.parametrize(
