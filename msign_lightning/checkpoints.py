@@ -46,6 +46,7 @@ _SAFETENSORS = {"F64": "float64", "F32": "float32", "BF16": "bfloat16", "F16": "
 _SUFFIXES = (".safetensors", ".ckpt", ".pt", ".pth", ".bin")
 _STATES = ("current_model_state", "state_dict", "model_state_dict", "state.model", "model", "module")
 """Where a checkpoint keeps the weights of the model; the first, of Lightning, are those that are not averaged."""
+_NOTE = "msign_restored"
 _STEPS = ("global_step", "state.timestamp.Timestamp.batch", "iter_num", "step", "iteration")
 _DAMAGE = (
     *(pickle.UnpicklingError, BadZipFile, EOFError, KeyError, TypeError, AttributeError, IndexError, struct.error),
@@ -665,8 +666,8 @@ def measure(selection: Selection) -> Iterator[list[Measured]]:
 def restore_copy(source: str | Path, target: str | Path, rule: Rule = "msign", **options: Any) -> list[MatrixReport]:
     """Copies a checkpoint and restores matrices in the copy; all else stays as it is, bit for bit.
 
-    The copy appears at once when it is complete. It says what was done: under "msign" in a pickle with more than
-    weights, in msign.json within a folder or an archive, or in the metadata of a .safetensors file.
+    The copy appears at once when it is complete. It says what was done: in msign.json within a folder or an archive,
+    and under "msign_restored" in a pickle with more than weights and in the metadata of a .safetensors file.
 
     Args:
         source: The checkpoint.
@@ -732,7 +733,7 @@ def _add_note(copy: Path, note: Mapping[str, Any], allow: Collection[str]) -> No
             _add_note_to_archive(copy, text, note, allow)
             return
         header = json.loads(opened.read(length))
-        header["__metadata__"] = {**header.get("__metadata__", {}), "msign": text}
+        header["__metadata__"] = {**header.get("__metadata__", {}), _NOTE: text}
         new = json.dumps(header, separators=(",", ":")).encode()
         new += b" " * (-len(new) % 8)
         noted = copy.with_name(f"{copy.name}.noted")
@@ -746,7 +747,7 @@ def _add_note(copy: Path, note: Mapping[str, Any], allow: Collection[str]) -> No
 
 
 def _add_note_to_archive(file: Path, text: str, note: Mapping[str, Any], allow: Collection[str]) -> None:
-    """Adds msign.json and, to a mapping with more than tensors, the key "msign"; and brings checksums up to date."""
+    """Adds msign.json and, to a mapping with more than weights, a key; and brings the checksums up to date."""
     made = _Archive(file, 0, file.stat().st_size, allow)
     with file.open("r+b") as opened:
         sums = {}
@@ -758,13 +759,15 @@ def _add_note_to_archive(file: Path, text: str, note: Mapping[str, Any], allow: 
             if opened.read(4) == b"PK\x07\x08":
                 opened.seek(opened.tell())
                 opened.write(sums[name].to_bytes(4, "little"))
+    records = {f"{made.root}msign.json": text.encode()}
+    if _find_state(made.content)[0] and made.pickle.startswith(b"\x80\x02"):  # a mere state dict has no room
+        # One more item for the mapping, which is all there is on the stack when a pickle stops.
+        item = b"".join(pickle.dumps(value, 2)[2:-1] for value in (_NOTE, dict(note)))
+        records[f"{made.root}data.pkl"] = made.pickle[:-1] + item + b"s."
     with ZipFile(file, "a") as archive:
-        for info in archive.infolist():
+        archive.filelist = [info for info in archive.filelist if info.filename not in records]
+        archive.NameToInfo = {info.filename: info for info in archive.filelist}
+        for info in archive.filelist:
             info.CRC = sums[info.filename]
-        archive.writestr(f"{made.root}msign.json", text)
-        if _find_state(made.content)[0] and made.pickle.startswith(b"\x80\x02"):  # a mere state dict has no room
-            name = f"{made.root}data.pkl"
-            archive.filelist.remove(archive.NameToInfo.pop(name))
-            # One more item for the mapping, which is all there is on the stack when a pickle stops.
-            item = b"".join(pickle.dumps(value, 2)[2:-1] for value in ("msign", dict(note)))
-            archive.writestr(name, made.pickle[:-1] + item + b"s.")
+        for name, content in records.items():
+            archive.writestr(name, content)

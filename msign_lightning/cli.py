@@ -247,8 +247,11 @@ def _write_png(looks: Sequence[Look], verdict: Sequence[str], file: Path) -> Non
         axes.plot(list(curve), list(curve.values()), style, color="0.8", lw=0.6, ms=2)
     for group in sorted({m.group for look in looks for m in look.matrices}):
         axes.plot(steps, [look.mean(group) for look in looks], style, marker="o", ms=3, label=f"mean, {group}")
-    axes.axhline(2, color="C3", ls=":", lw=1, label="alarm below")
+    for alarm in [alarm for look in looks for alarm in look.alarms if alarm.kind == "stable_rank"][:1]:
+        axes.axvline(alarm.step, color="C3", ls=":", lw=1, label=f"alarm: too many below {alarm.threshold:.3g}")
     axes.set(yscale="log", xlabel="step", ylabel="stable rank")
+    axes.yaxis.set_major_formatter("{x:g}")
+    axes.yaxis.set_minor_formatter("{x:g}")
     axes.legend()
     figure.savefig(file, dpi=150)
     plt.close(figure)

@@ -123,7 +123,7 @@ def test_a_file_of_safetensors_keeps_all_else_and_says_what_was_done(tmp_path):
     with safe_open(tmp_path / "b.safetensors", "pt") as opened:
         metadata = opened.metadata()
     assert metadata["format"] == "pt"
-    assert json.loads(metadata["msign"])["rule"] == "cap"
+    assert json.loads(metadata["msign_restored"])["rule"] == "cap"
 
 
 def test_a_run_of_lightning_goes_on_from_a_restored_checkpoint(tmp_path):
@@ -137,7 +137,7 @@ def test_a_run_of_lightning_goes_on_from_a_restored_checkpoint(tmp_path):
     reports = restore_copy(tmp_path / "step=3.ckpt", tmp_path / "good.ckpt")
     assert {r.name for r in reports} == of_monitor(model).keys()
     before, after = (torch.load(tmp_path / name, weights_only=True) for name in ("step=3.ckpt", "good.ckpt"))
-    assert after.pop("msign")["source"] == "step=3.ckpt"
+    assert after.pop("msign_restored")["source"] == "step=3.ckpt"
     assert_same(after.pop("state_dict"), restored(model).state_dict())
     del before["state_dict"]
     assert pickle.dumps(before.pop("loops")) == pickle.dumps(after.pop("loops"))
@@ -200,7 +200,7 @@ def test_nanogpts_layout_and_plain_state_dicts(tmp_path):
     assert_measured_as_by_the_monitor(measured(tmp_path / "ckpt.pt"), of_monitor(model))
     restore_copy(tmp_path / "ckpt.pt", tmp_path / "good.pt")
     saved = torch.load(tmp_path / "good.pt", map_location="cpu", weights_only=True)
-    assert saved["msign"]["rule"] == "msign"
+    assert saved["msign_restored"]["rule"] == "msign"
     other = NanoGPT()
     other.load_state_dict({name.removeprefix("_orig_mod."): tensor for name, tensor in saved["model"].items()})
     assert_same(weights(other), weights(restored(model)))
@@ -424,11 +424,17 @@ def test_a_killed_restoration_leaves_no_half_file(tmp_path, monkeypatch):
     assert not (tmp_path / "b.pt").exists()
 
 
-def test_the_archive_stays_sound(tmp_path):
-    restore_copy(saved({"model": llama().state_dict(), "step": 3}, tmp_path / "a.pt"), tmp_path / "b.pt")
-    with zipfile.ZipFile(tmp_path / "b.pt") as archive:
+def test_the_archive_stays_sound_and_keeps_all_it_held(tmp_path):
+    counts = {"steps": [3]}  # of our own `Restoration`, as the README tells to keep them
+    saved({"model": llama().state_dict(), "step": 3, "msign": counts}, tmp_path / "a.pt")
+    restore_copy(tmp_path / "a.pt", tmp_path / "b.pt", "cap", targets="mlp")
+    restore_copy(tmp_path / "b.pt", tmp_path / "c.pt")
+    with zipfile.ZipFile(tmp_path / "c.pt") as archive:
         assert archive.testzip() is None
         assert len(set(archive.namelist())) == len(archive.namelist())
+    content = torch.load(tmp_path / "c.pt", weights_only=True)
+    assert content["msign"] == counts
+    assert content["msign_restored"]["rule"] == "msign"
 
 
 @pytest.mark.parametrize(
