@@ -18,6 +18,7 @@ import sys
 import zlib
 from collections import OrderedDict
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from fnmatch import fnmatchcase
 from functools import partial
@@ -48,10 +49,6 @@ _STATES = ("current_model_state", "state_dict", "model_state_dict", "state.model
 """Where a checkpoint keeps the weights of the model; the first, of Lightning, are those that are not averaged."""
 _NOTE = "msign_restored"
 _STEPS = ("global_step", "state.timestamp.Timestamp.batch", "iter_num", "step", "iteration")
-_DAMAGE = (
-    *(pickle.UnpicklingError, BadZipFile, EOFError, KeyError, TypeError, AttributeError, IndexError, struct.error),
-    *(UnicodeDecodeError, OverflowError),
-)
 _STEP_IN_NAME = re.compile(r"(?:step|iter|ba|checkpoint)[-_=]?(\d+)|^(\d+)(?=\.|$)")
 
 
@@ -173,19 +170,26 @@ def read(path: str | Path, *, allow: Collection[str] = ()) -> Checkpoint:
     if files is None:
         raise ValueError(f"checkpoint must be a file or a folder with weights, got {str(path)!r}")
     for file in files:
-        try:
+        if not file.is_file():
+            raise ValueError(f"{path} must hold all its files, got no {file.name}")
+        with _sound(file):
             _read_file(file, checkpoint)
-        except FileNotFoundError as error:
-            raise ValueError(f"{path} must hold all its files, got no {file.name}") from error
-        except _DAMAGE as error:
-            reason = str(error).partition("\n")[0] or type(error).__name__
-            raise ValueError(f"{file} must be a sound checkpoint, got: {reason}") from error
     if not checkpoint.tensors:
         raise ValueError(f"{path} must hold the weights of a model, got {list(checkpoint.content) or 'no tensors'}")
     config = (path if path.is_dir() else path.parent) / "config.json"
     checkpoint.config = config if config.is_file() and (path.is_dir() or path.suffix == ".safetensors") else None
     checkpoint.step = _find_step(checkpoint)
     return checkpoint
+
+
+@contextmanager
+def _sound(file: Path) -> Iterator[None]:
+    """Turns what damaged files make readers raise into an error that names the file."""
+    try:
+        yield
+    except (pickle.UnpicklingError, EOFError, LookupError, TypeError, AttributeError, struct.error) as error:
+        reason = str(error).partition("\n")[0] or type(error).__name__
+        raise ValueError(f"{file} must be a sound checkpoint, got: {reason}") from error
 
 
 def _weight_files(folder: Path) -> list[Path] | None:
@@ -250,12 +254,13 @@ def _read_distributed(file: Path, checkpoint: Checkpoint) -> None:
     def locate(name: str) -> list[Block]:
         blocks = []
         for origin in (chunk.state["offsets"] for chunk in entries[name]["chunks"]):
-            place = places[name, origin]
-            part, first = file.parent / place["relative_path"], place["offset"]
+            place = places.get((name, origin), {})
+            part, first = file.parent / place.get("relative_path", ""), place.get("offset", 0)
             if part.parent != file.parent or not part.is_file() or place.get("transform_descriptors"):
                 raise ValueError(f"{file.parent} must hold all its files, uncompressed, got no {part.name} for {name}")
-            archive = _Archive(part, first, first + place["length"], checkpoint.allow)
-            blocks += [replace(block, origin=origin) for block in archive.stored(archive.content).locate()]
+            with _sound(part):
+                archive = _Archive(part, first, first + place["length"], checkpoint.allow)
+                blocks += [replace(block, origin=origin) for block in archive.stored(archive.content).locate()]
         return blocks
 
     content: dict[str, Any] = {}
@@ -414,8 +419,10 @@ class _Archive:
             self.root = names[0].removesuffix("data.pkl")
             self.records: dict[str, tuple[int, int]] = {}  # where each begins in the file, and its length
             for info in archive.infolist():
-                names_length, extra_length = struct.unpack_from("<HH", window, info.header_offset + 26)
-                begins = first + info.header_offset + 30 + names_length + extra_length
+                lengths = window[
+                    info.header_offset + 26 : info.header_offset + 30
+                ]  # of its name, and of an extra field
+                begins = first + info.header_offset + 30 + sum(struct.unpack("<HH", lengths))
                 self.records[info.filename] = (begins, info.file_size)
             begins, length = self.records[names[0]]
             self.pickle = window[begins - first : begins - first + length]

@@ -237,6 +237,14 @@ def test_what_two_ranks_wrote(tmp_path):
     assert read(tmp_path / "step-7").step == 7
     assert_measured_as_by_the_monitor(measured(tmp_path / "step-7"), of_monitor(model))
     restore_copy(tmp_path / "step-7", tmp_path / "good")
+    for damage in (lambda file: file.write_bytes(file.read_bytes()[:3000]), Path.unlink):
+        shutil.copytree(tmp_path / "step-7", tmp_path / "bad", dirs_exist_ok=True)
+        damage(tmp_path / "bad" / "__1_0.distcp")
+        with pytest.raises(ValueError, match="__1_0"):
+            measured(tmp_path / "bad")
+        with pytest.raises(ValueError, match="__1_0"):
+            restore_copy(tmp_path / "bad", tmp_path / "out")
+        assert not list(tmp_path.glob("*out*"))
     with torch.no_grad():
         for parameter in other.parameters():
             parameter.zero_()
