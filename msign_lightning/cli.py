@@ -90,18 +90,14 @@ def inspect(
             raise ValueError(f"files must be in a folder that can be written to, got {str(file)!r}")
     if png is not None:
         need("ablations", "matplotlib")
-    looks, failed, left = [], {}, ""
-    known = True
-    for position, path in enumerate(paths := find_checkpoints(checkpoints)):
+    looks, failed, left, numbered = [], {}, "", False
+    for path in (paths := find_checkpoints(checkpoints)):
         try:
             selection = select(path, **options)
-            checkpoint = selection.checkpoint
-            parameters = tqdm(
-                measure(selection), path.name, len(selection.parameters), unit="parameter", leave=False, disable=None
-            )
-            known &= checkpoint.step is not None
-            step = position if checkpoint.step is None else checkpoint.step
-            looks.append(Look(path, step, [m for found in parameters for m in found]))
+            count, step = len(selection.parameters), selection.checkpoint.step
+            numbered |= step is None
+            found = tqdm(measure(selection), path.name, count, unit="parameter", leave=False, disable=None)
+            looks.append(Look(path, step or 0, [m for matrices in found for m in matrices]))
             left = f"recognised by {selection.how}; left out: {selection.left_out or 'nothing'}"
         except (ValueError, OSError) as error:
             if len(paths) == 1:
@@ -109,8 +105,11 @@ def inspect(
             failed[path] = str(error)
     if not looks:
         raise ValueError("no checkpoint could be read; " + "; ".join(dict.fromkeys(failed.values())))
-    if known:
-        looks.sort(key=lambda look: look.step)
+    if numbered and len(looks) > 1:
+        print("not all checkpoints say their step: they are numbered in the order given")
+        for number, look in enumerate(looks):
+            look.step = number
+    looks.sort(key=lambda look: look.step)
     for look in looks:
         ranks = {m.name: m.stable_rank for m in look.matrices if m.note in ("", "not finite")}
         look.alarms = detector.update(look.step, stable_ranks=ranks)
@@ -118,8 +117,6 @@ def inspect(
     print(_table(looks, top), left, sep="\n")
     if len(looks) > 1:
         print(_trend(looks))
-    if not known and len(looks) > 1:
-        print("not all checkpoints say their step: they are numbered in the order given")
     print(*verdict, sep="\n")
     for path, reason in failed.items():
         print(f"not read: {path}: {reason}", file=sys.stderr)
@@ -212,22 +209,13 @@ def _write_csv(looks: Sequence[Look], verdict: Sequence[str], file: Path) -> Non
 
 
 def _write_json(looks: Sequence[Look], verdict: Sequence[str], file: Path) -> None:
-    def plain(value: Any) -> Any:  # JSON knows no NaN
-        return None if isinstance(value, float) and not math.isfinite(value) else value
+    def plain(row: Alarm | Measured) -> dict[str, Any]:  # JSON knows no NaN
+        return {k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in row._asdict().items()}
 
-    content = {
-        "verdict": list(verdict),
-        "checkpoints": [
-            {
-                "path": str(look.path),
-                "step": look.step,
-                "alarms": [{k: plain(v) for k, v in alarm._asdict().items()} for alarm in look.alarms],
-                "matrices": [{k: plain(v) for k, v in m._asdict().items()} for m in look.matrices],
-            }
-            for look in looks
-        ],
-    }
-    file.write_text(json.dumps(content, indent=1))
+    keys = ("path", "step", "alarms", "matrices")
+    rows = [(str(k.path), k.step, list(map(plain, k.alarms)), list(map(plain, k.matrices))) for k in looks]
+    content = [dict(zip(keys, row, strict=True)) for row in rows]
+    file.write_text(json.dumps({"verdict": list(verdict), "checkpoints": content}, indent=1))
 
 
 def _write_png(looks: Sequence[Look], verdict: Sequence[str], file: Path) -> None:

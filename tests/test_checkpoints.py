@@ -23,7 +23,7 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from support import assert_same, llama, on_two_ranks, weights, windows
 from torch import Tensor, nn
-from transformers import AutoModelForCausalLM, GPT2Config, GPT2LMHeadModel
+from transformers import AutoModelForCausalLM, GPT2Config, GPT2LMHeadModel, Trainer, TrainingArguments
 
 from msign_lightning import Cut, restore, select_targets
 from msign_lightning.checkpoints import find_checkpoints, measure, read, restore_copy, select
@@ -148,6 +148,37 @@ def test_a_run_of_lightning_goes_on_from_a_restored_checkpoint(tmp_path):
     again = trainer(tmp_path, 5)
     again.fit(Program(), windows(8), ckpt_path=tmp_path / "good.ckpt")
     assert again.global_step == 5
+
+
+class Text(torch.utils.data.Dataset):
+    def __len__(self):
+        return 64
+
+    def __getitem__(self, i):
+        ids = torch.randint(96, (16,), generator=torch.Generator().manual_seed(i))
+        return {"input_ids": ids, "labels": ids}
+
+
+@pytest.mark.filterwarnings("ignore:.*pin_memory:UserWarning")
+def test_a_run_of_the_trainer_of_hugging_face_goes_on_from_a_restored_checkpoint(tmp_path):
+    def train(steps: int, source: Path | None = None) -> Trainer:
+        arguments = TrainingArguments(
+            **{"output_dir": tmp_path / "runs", "max_steps": steps, "save_steps": 3, "learning_rate": 1e-2},
+            **{"report_to": [], "use_cpu": True, "disable_tqdm": True, "logging_strategy": "no"},
+        )
+        trainer = Trainer(llama(), arguments, train_dataset=Text())
+        trainer.train(resume_from_checkpoint=source)
+        return trainer
+
+    model = train(3).model
+    (source,) = find_checkpoints([tmp_path / "runs"])
+    assert read(source).step == 3
+    assert_measured_as_by_the_monitor(measured(source), of_monitor(model))
+    restore_copy(source, tmp_path / "good")
+    assert (tmp_path / "good" / "optimizer.pt").read_bytes() == (source / "optimizer.pt").read_bytes()
+    start = train(3, tmp_path / "good")  # which has nothing to do any more
+    assert_same(weights(start.model), weights(restored(model)))
+    assert train(5, tmp_path / "good").state.global_step == 5
 
 
 @pytest.mark.composer

@@ -100,6 +100,16 @@ def test_what_can_not_be_read_is_said_and_the_rest_measured(run, capsys):
     assert re.fullmatch(r"not read: .*500\.pt: .*sound archive.*\n", said.err)
 
 
+def test_checkpoints_that_do_not_say_their_step_are_numbered(run, capsys):
+    files = [run / name for name in ("a.pt", "b.pt")]
+    for file in files:
+        torch.save(llama().state_dict(), file)
+    assert main(["inspect", str(run / "300.pt"), *map(str, files)]) == 0
+    said = capsys.readouterr().out
+    assert "numbered in the order given" in said
+    assert [line.split()[0] for line in said.split("means over")[1].splitlines()[2:5]] == ["0", "1", "2"]
+
+
 def test_weights_that_are_not_finite_are_an_alarm_of_their_own(run, capsys):
     state = torch.load(run / "200.pt", weights_only=True)
     state["model"]["model.layers.0.mlp.up_proj.weight"][3, 4] = math.inf
