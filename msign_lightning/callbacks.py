@@ -11,7 +11,7 @@ from lightning.pytorch.callbacks import Callback, StochasticWeightAveraging, Wei
 from lightning.pytorch.loggers import TensorBoardLogger
 from lightning.pytorch.strategies import DeepSpeedStrategy, FSDPStrategy
 from lightning.pytorch.utilities import rank_zero_info
-from torch import Tensor
+from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from msign_lightning.shells import MonitorShell, RestorationShell, Sink
@@ -35,7 +35,8 @@ class MSignCallback(RestorationShell, Callback):
 
     Raises:
         ValueError: An argument is out of its range; or when fitting starts, nothing is selected.
-        RuntimeError: When fitting starts under DeepSpeed or FSDP1, which train flat copies of the weights.
+            Under FSDP1, `use_orig_params` must be True, as it is by default.
+        RuntimeError: When fitting starts under DeepSpeed, which trains flat copies of the weights.
     """
 
     @property
@@ -48,10 +49,10 @@ class MSignCallback(RestorationShell, Callback):
 
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Selects the targets and hooks into the optimizers, which exist by now."""
-        _refuse_flat_weights(self, trainer)
+        _refuse(self, trainer, DeepSpeedStrategy)
         is_new = trainer.ckpt_path is None and trainer.global_step == 0
         steps = [] if is_new else self._count()
-        rank_zero_info(self._start(pl_module, trainer.optimizers, steps, _sink(trainer)))
+        rank_zero_info(self._start(_wrapped(trainer), trainer.optimizers, steps, _sink(trainer)))
 
     def on_fit_end(self, *args: Any, **kwargs: Any) -> None:
         """Lets go of the optimizers and of the model; the count stays, for another fit."""
@@ -104,11 +105,11 @@ class StabilityMonitor(MonitorShell, Callback):
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Selects what to measure; by now the optimizers exist and a checkpoint has been loaded."""
-        _refuse_flat_weights(self, trainer)
+        _refuse(self, trainer, (DeepSpeedStrategy, FSDPStrategy))
         self._has_tried, self._losses = False, []
         optimizers = trainer.optimizers
         steps = trainer.global_step // len(optimizers)
-        rank_zero_info(self._start(pl_module, optimizers[0], steps, _sink(trainer)))
+        rank_zero_info(self._start(_wrapped(trainer), optimizers[0], steps, _sink(trainer)))
 
     def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
         self._begin_batch()
@@ -205,8 +206,13 @@ def gradient_scale(trainer: Trainer, optimizer: Optimizer) -> float:
     return float(scaler.get_scale()) if scaler is not None and is_scaled else 1.0
 
 
-def _refuse_flat_weights(callback: Callback, trainer: Trainer) -> None:
-    if isinstance(trainer.strategy, (DeepSpeedStrategy, FSDPStrategy)):
+def _wrapped(trainer: Trainer) -> nn.Module:
+    """The module in the wrapper, of DDP for instance, that says how the processes share it."""
+    return cast(nn.Module, trainer.strategy.model)
+
+
+def _refuse(callback: Callback, trainer: Trainer, strategies: type | tuple[type, ...]) -> None:
+    if isinstance(trainer.strategy, strategies):
         raise RuntimeError(
             f"{type(callback).__name__} does not support {type(trainer.strategy).__name__}, which flattens the "
             "weights: use FSDP2, through ModelParallelStrategy"

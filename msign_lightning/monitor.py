@@ -18,6 +18,7 @@ from msign_lightning.jacobian import BlockJacobians
 from msign_lightning.matrices import gather
 from msign_lightning.restoration import Report, Restorer
 from msign_lightning.settings import MonitorSettings, Quantity, with_settings
+from msign_lightning.sharding import Ranks
 from msign_lightning.spectrum import Spectrum, SpectrumMonitor
 from msign_lightning.targets import select_targets
 
@@ -113,12 +114,13 @@ class Monitor:
         weights = self.measure.keys() & {"stable_rank", "spectral_alignment"}
         if weights or settings.on_alarm == "restore":
             targets = select_targets(model, settings.targets, exclude=settings.exclude, cuts=settings.cuts)
+            ranks = Ranks(model)
             if weights:
-                self._spectra = SpectrumMonitor(targets)
+                self._spectra = SpectrumMonitor(targets, ranks=ranks)
             if "spectral_alignment" in weights:
                 self._alignment = SpectralAlignment(model, targets)
             if settings.on_alarm == "restore":
-                self._restorer = Restorer(targets, rule=settings.rule)
+                self._restorer = Restorer(targets, rule=settings.rule, ranks=ranks)
         if "jacobian_alignment" in self.measure:
             self._jacobians = BlockJacobians(model, settings.blocks, iterations=JACOBIAN_ITERATIONS)
         self.steps = 0
@@ -140,7 +142,7 @@ class Monitor:
         self._due = frozenset(q for q, every in self.measure.items() if (self.steps + 1) % every < self._stride)
         if self._spectra is not None and self._due & {"stable_rank", "spectral_alignment"}:
             self._spectrum = self._spectra.measure()
-            if dist.is_initialized():
+            if dist.is_initialized() and not self._spectra.ranks.share(self._spectra.targets):
                 self._spectrum = self._spectrum.all_reduce()
             if self._alignment is not None and "spectral_alignment" in self._due:
                 self._alignment.arm(self._spectrum)

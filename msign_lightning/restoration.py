@@ -11,12 +11,14 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
+from torch.distributed import ProcessGroup
 from torch.optim import Optimizer
 from torch.utils.hooks import RemovableHandle
 
 from msign_lightning.linalg import Method, Rule, default_rtol, restore_
-from msign_lightning.matrices import batches
+from msign_lightning.matrices import Batch, whole_shapes
 from msign_lightning.settings import RestorationSettings, with_settings
+from msign_lightning.sharding import Ranks
 from msign_lightning.targets import Target, left_out, select_targets
 
 __all__ = ["MatrixReport", "Report", "Restoration", "Restorer", "was_skipped"]
@@ -77,17 +79,25 @@ class Restorer:
         rule: "msign" (arXiv 2602.01734, Eq. 14) or "cap"; see `restore`.
         method: How the matrix sign is computed: "auto", or one of the methods of `msign`.
         rtol: Singular values below rtol · σ₁ count as zero; None for the default of the weights' dtype.
+        ranks: The processes that share the work; None where only DTensors are shared.
 
     Raises:
         ValueError: A target is on the meta device.
     """
 
     def __init__(
-        self, targets: Sequence[Target], *, rule: Rule = "msign", method: Method = "auto", rtol: float | None = None
+        self,
+        targets: Sequence[Target],
+        *,
+        rule: Rule = "msign",
+        method: Method = "auto",
+        rtol: float | None = None,
+        ranks: Ranks | None = None,
     ) -> None:
         self.targets = list(targets)
         if planned := [target.name for target in self.targets if target.parameter.is_meta]:
             raise ValueError(f"targets must hold weights, got {planned[0]} on the meta device")
+        self.ranks = ranks or Ranks()
         self.rule, self.method, self.rtol = rule, method, rtol
         self._known_bad: set[str] = set()
 
@@ -100,26 +110,16 @@ class Restorer:
             step: The optimizer step, for the report.
         """
         began = time.perf_counter()
-        wanted = None if names is None else set(names)
-        members: list[str] = []
-        results: list[Tensor] = []
-        for batch in batches(t for t in self.targets if wanted is None or not wanted.isdisjoint(t.matrix_names)):
-            X = batch.read()
-            rtol = default_rtol(batch.dtype) if self.rtol is None else self.rtol
-            result = restore_(X, rule=self.rule, method=self.method, rtol=rtol)
-            chosen = result.changed
-            if wanted is not None and not wanted.issuperset(batch.names):
-                chosen = chosen & torch.tensor([name in wanted for name in batch.names], device=X.device)
-            result = result._replace(changed=batch.write_(X, chosen))
-            results.append(torch.stack([field.to(X.dtype) for field in result], dim=1))
-            members += batch.names
+        found = self.ranks.each(self.targets, self._restore, width=lambda target: 4, names=names)
+        known = {name: row for name, row in found.items() if row is not None}
+        device = next((row.device for row in known.values()), None)
         # One transfer from the device for all of them.
-        rows = torch.cat([part.to(results[0].device) for part in results]).tolist() if results else []
-        matrices = tuple(
-            MatrixReport(name, bool(finite), bool(changed), before, after)
-            for name, (finite, changed, before, after) in zip(members, rows, strict=True)
-            if wanted is None or name in wanted
-        )
+        rows = torch.stack([row.to(device) for row in known.values()]).tolist() if known else []
+        reports = {
+            name: MatrixReport(name, bool(finite), bool(changed), before, after)
+            for name, (finite, changed, before, after) in zip(known, rows, strict=True)
+        }
+        matrices = tuple(reports.get(name, MatrixReport(name, False, False, math.nan, math.nan)) for name in found)
         report = Report(step, matrices, time.perf_counter() - began)
         if news := sorted(set(report.skipped) - self._known_bad):
             self._known_bad.update(news)
@@ -130,6 +130,14 @@ class Restorer:
                 ", ".join(news[:5]) + (", …" if len(news) > 5 else ""),
             )
         return report
+
+    def _restore(self, batch: Batch) -> Tensor:
+        """Restores a batch in place; a row (finite, changed, stable rank before, after) for each matrix."""
+        X = batch.read()
+        rtol = default_rtol(batch.dtype) if self.rtol is None else self.rtol
+        result = restore_(X, rule=self.rule, method=self.method, rtol=rtol)
+        result = result._replace(changed=batch.write_(X, result.changed))
+        return torch.stack([field.to(X.dtype) for field in result], dim=1)
 
 
 class Restoration:
@@ -146,19 +154,24 @@ class Restoration:
     A checkpoint needs `state_dict()`: without it a resumed run restores at other steps.
 
     Args:
-        model: The model that holds the matrices. It must be final: cast, wrapped and sharded as it is trained.
+        model: The model that holds the matrices. It must be final: cast, wrapped and sharded as it is trained. Where it
+            is wrapped by DDP or FSDP, the ranks share the work, so all must make it and apply at the same steps.
         settings: The arguments of `RestorationSettings`, `period` and `targets` first.
 
     Raises:
-        ValueError: An argument is out of its range, nothing is selected, or it is on the meta device.
+        ValueError: An argument is out of its range, nothing is selected, it is on the meta device, or FSDP1 is without
+            `use_orig_params=True`.
     """
 
     @with_settings(RestorationSettings)
     def __init__(self, model: nn.Module, settings: RestorationSettings) -> None:
         self.settings = settings
-        self.targets = select_targets(model, settings.targets, exclude=settings.exclude, cuts=settings.cuts)
-        self._left_out = left_out(model, self.targets)
-        self._restorer = Restorer(self.targets, rule=settings.rule, method=settings.method, rtol=settings.rtol)
+        with whole_shapes(model):
+            self.targets = select_targets(model, settings.targets, exclude=settings.exclude, cuts=settings.cuts)
+            self._left_out = left_out(model, self.targets)
+        self._restorer = Restorer(
+            self.targets, rule=settings.rule, method=settings.method, rtol=settings.rtol, ranks=Ranks(model)
+        )
         self._shares: list[Collection[str] | None] = [None]
         self._steps = [0]
         self._handles: list[RemovableHandle] = []
@@ -251,8 +264,16 @@ class Restoration:
             f"{self._restorer.rule}: {sum(groups.values())} matrices ({counts}) of {parameters} parameters "
             f"every {self.settings.period} optimizer steps from {self.settings.first} on"
             f"{'' if self.settings.stop is None else f' up to {self.settings.stop}'}, {flops:.1e} SVD FLOPs each time"
+            + (f"; {shared}" if (shared := self._restorer.ranks.describe(self.targets)) else "")
             + (f"; left out: {self._left_out}" if self._left_out else "")
         )
+
+    def share_over(self, process_group: ProcessGroup) -> None:
+        """Says that the ranks of a group all hold copies of the plain parameters, where no wrapper of the model does.
+
+        Then each rank computes its share of the matrices and gets the others; all must apply at the same steps.
+        """
+        self._restorer.ranks.process_group = process_group
 
     @property
     def steps(self) -> list[int]:

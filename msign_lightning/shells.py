@@ -7,6 +7,7 @@ from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 from torch import Tensor, nn
+from torch.distributed import ProcessGroup
 from torch.optim import Optimizer
 from torch.utils.hooks import RemovableHandle
 
@@ -42,10 +43,22 @@ class RestorationShell(RestorationSettings):
         self._restoration: Restoration | None = None
         self._steps: list[int] = []
 
-    def _start(self, model: nn.Module, optimizers: Sequence[Optimizer], steps: Sequence[int], sink: Sink) -> str:
-        """Hooks into the optimizers, counting on from `steps` if there are any; gives a line for a log."""
+    def _start(
+        self,
+        model: nn.Module,
+        optimizers: Sequence[Optimizer],
+        steps: Sequence[int],
+        sink: Sink,
+        process_group: ProcessGroup | None = None,
+    ) -> str:
+        """Hooks into the optimizers, counting on from `steps` if there are any; gives a line for a log.
+
+        A process group says that its ranks hold copies of the model, where no wrapper does.
+        """
         self._stop()
         restoration = Restoration(model, **self.arguments())
+        if process_group is not None:
+            restoration.share_over(process_group)
 
         def write(report: Report) -> None:
             sink.log(report.metrics(), report.step)

@@ -5,6 +5,7 @@ Before a collapse the stable rank of weights falls (arXiv 2602.01734).
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
@@ -16,7 +17,8 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from msign_lightning.linalg import top_singular_triplets
-from msign_lightning.matrices import Batch, batches
+from msign_lightning.matrices import Batch
+from msign_lightning.sharding import Ranks
 from msign_lightning.targets import Group, Target
 
 __all__ = ["MatrixSpectrum", "Spectrum", "SpectrumMonitor"]
@@ -107,48 +109,63 @@ class SpectrumMonitor:
     The first measurement takes 16 iterations, each later one 2, from the vectors of the one before with a tenth of
     fresh noise. Stable ranks are estimated from above: within 2 % while weights drift slowly, and best where they are
     low; after an application of MSign, which leaves the largest singular values close together, within a fifth for some
-    measurements. Sharded weights are gathered, so every rank must call `measure` at the same steps.
+    measurements. Each matrix is measured on one of the ranks that share it, all of which must call `measure` at the
+    same steps and get the same.
 
     Args:
         targets: The matrices, as `select_targets` chooses them from the model as it is trained: cast, wrapped, sharded.
+        ranks: The processes that share the work; None where only DTensors are shared.
     """
 
-    def __init__(self, targets: Sequence[Target]) -> None:
+    def __init__(self, targets: Sequence[Target], *, ranks: Ranks | None = None) -> None:
         self.targets = list(targets)
+        self.ranks = ranks or Ranks()
         self._measurements = 0
-        self._right: dict[str, Tensor] = {}  # of each target, (count, n, 2)
+        self._right: dict[str, Tensor] = {}  # of each matrix, (n, 2)
 
     @torch.no_grad()
     def measure(self) -> Spectrum:
         """Measures the weights as they are now."""
-        names: list[str] = []
-        groups: list[Group] = []
-        values: list[Tensor] = []
-        vectors: list[tuple[Tensor, Tensor]] = []
-        for batch in batches(self.targets):
-            X = batch.read()
-            U, S, V = self._triplets(batch, X)
-            first, second = nn.functional.pad(S, (0, 1))[:, :2].unbind(1)  # a single row or column has no second
-            names += batch.names
-            groups += batch.groups
-            values.append(torch.stack([_stable_ranks(X, first), first, second]))
-            vectors += zip(U[..., 0], V[..., 0], strict=True)
+        groups = {name: target.group for target in self.targets for name in target.matrix_names}
+        shapes = self._shapes()
+        found = self.ranks.each(self.targets, self._measure, width=_width, writes=False)
         self._measurements += 1
-        ranks, firsts, seconds = torch.cat([part.to(values[0].device) for part in values], dim=1)
-        return Spectrum(tuple(names), tuple(groups), ranks, firsts, seconds, tuple(vectors))
+        values, vectors = [], []
+        for name, row in found.items():
+            m, n, k = shapes[name]
+            if row is None:  # not finite on some rank
+                row = torch.tensor([math.nan] * 3 + [0.0] * (m + n * k))
+            head, u, V = torch.split(row, [3, m, n * k])
+            values.append(head)
+            self._right[name] = V.view(n, k)
+            vectors.append((u, self._right[name][:, 0]))
+        ranks, firsts, seconds = torch.stack([head.to(values[0].device) for head in values], dim=1)
+        return Spectrum(tuple(found), tuple(groups[name] for name in found), ranks, firsts, seconds, tuple(vectors))
+
+    def _measure(self, batch: Batch) -> Tensor:
+        """A row (stable rank, σ₁, σ₂, u₁, right singular vectors) for each matrix of a batch."""
+        X = batch.read()
+        U, S, V = self._triplets(batch, X)
+        first, second = nn.functional.pad(S, (0, 1))[:, :2].unbind(1)  # a single row or column has no second
+        values = torch.stack([_stable_ranks(X, first), first, second], dim=1)
+        return torch.cat([values, U[..., 0], V[..., : min(2, *X.shape[-2:])].flatten(1)], dim=1)
 
     def _triplets(self, batch: Batch, X: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Top two (or the only) singular triplets of the matrices X (B, m, n) of a batch."""
-        warm = all(target.name in self._right for target in batch.targets)
-        U, S, V = top_singular_triplets(
+        shape = batch.targets[0].shape
+        alike = (name for target in self.targets if target.shape == shape for name in target.matrix_names)
+        warm = all(name in self._right for name in alike)  # whatever is in the batch, which depends on the ranks
+        return top_singular_triplets(
             X,
-            min(2, *X.shape[-2:]),
+            min(2, *shape),
             iterations=_WARM_ITERATIONS if warm else COLD_ITERATIONS,
-            V=torch.cat([self._right[target.name] for target in batch.targets]).to(X.device) if warm else None,
+            V=torch.stack([self._right[name].to(X.device) for name in batch.names]) if warm else None,
             generator=torch.Generator(X.device).manual_seed(self._measurements),
         )
-        self._right |= {t.name: vectors for t, vectors in zip(batch.targets, batch.split(V), strict=True)}
-        return U, S, V
+
+    def _shapes(self) -> dict[str, tuple[int, int, int]]:
+        """Rows, columns and number of vectors of each matrix."""
+        return {name: (*t.shape, min(2, *t.shape)) for t in self.targets for name in t.matrix_names}
 
     def state_dict(self) -> dict[str, Any]:
         """What later measurements start from: their count, and two vectors per matrix on the CPU."""
@@ -157,9 +174,14 @@ class SpectrumMonitor:
 
     def load_state_dict(self, state_dict: Mapping[str, Any]) -> None:
         """Continues from a saved state. Matrices that it lacks, or has in another shape, start cold."""
-        shapes = {t.name: (t.count, t.shape[1], min(2, *t.shape)) for t in self.targets}
+        shapes = self._shapes()
         self._measurements = state_dict["measurements"]
-        self._right = {name: V for name, V in state_dict["vectors"].items() if V.shape == shapes.get(name)}
+        self._right = {name: V for name, V in state_dict["vectors"].items() if V.shape == shapes.get(name, ())[1:]}
+
+
+def _width(target: Target) -> int:
+    (m, n), k = target.shape, min(2, *target.shape)
+    return 3 + m + n * k
 
 
 def _stable_ranks(X: Tensor, norms: Tensor) -> Tensor:

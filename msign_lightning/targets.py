@@ -12,10 +12,11 @@ import math
 import re
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence, Set
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from fnmatch import fnmatchcase
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from msign_lightning.recognition import Candidate, Cut, Group, find_candidates, find_cut, likely_pieces
@@ -44,6 +45,9 @@ class Target:
         cut: How the parameter is cut, the same for all its targets.
         index: Which piece of the cut this is.
         group: "attention", "mlp" or "other".
+
+    Attributes:
+        full_shape: Shape of the whole parameter, kept because FSDP1 shows it only while it is gathered.
     """
 
     name: str
@@ -52,16 +56,20 @@ class Target:
     cut: Cut
     index: int
     group: Group
+    full_shape: torch.Size = field(init=False, repr=False)
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "full_shape", self.parameter.shape)
 
     @property
     def shape(self) -> tuple[int, int]:
         """Rows and columns (m, n) of the matrix."""
-        return self.cut.shapes(self.parameter.shape)[self.index]
+        return self.cut.shapes(self.full_shape)[self.index]
 
     @property
     def count(self) -> int:
         """How many matrices of this shape: 1, or the number of experts in a stack."""
-        return math.prod(self.parameter.shape[:-2])
+        return math.prod(self.full_shape[:-2])
 
     @property
     def matrix_names(self) -> tuple[str, ...]:
@@ -79,9 +87,9 @@ class Target:
         return self.count * (2 * m * n * k + 11 * k**3)
 
     def matrix(self, full: Tensor) -> Tensor:
-        """The piece of `full`, the whole parameter or a copy of it, as (count, m, n); it may share its memory."""
+        """The piece of `full`, the whole parameter, a copy or one matrix of it, as (count, m, n); may share memory."""
         piece = self.cut.pieces(full)[self.index] if self.cut.sizes else full
-        return piece.reshape(self.count, *self.shape)
+        return piece.reshape(-1, *self.shape)
 
     def write_(self, full: Tensor, matrix: Tensor) -> None:
         """Writes a (count, m, n) matrix into the piece of `full` (a parameter needs `torch.no_grad()`)."""

@@ -7,10 +7,12 @@ import logging
 from dataclasses import asdict
 from typing import Any, cast
 
+import torch.distributed as dist
 from torch import nn
 from torch.distributed.tensor import DTensor
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 from transformers.trainer_callback import ExportableState
+from transformers.training_args import ParallelMode
 
 from msign_lightning.shells import RestorationShell, Sink
 
@@ -45,11 +47,14 @@ class MSignTrainerCallback(RestorationShell, TrainerCallback, ExportableState):
             name = "DeepSpeed" if args.deepspeed else "FSDP1"
             raise RuntimeError(f"MSignTrainerCallback does not support {name}, which flattens the weights: use FSDP2")
         self._steps = []
+        # The model is not wrapped here, but it is trained by DDP on all processes.
+        is_copied = args.parallel_mode is ParallelMode.DISTRIBUTED and not args.fsdp and dist.is_initialized()
 
         def write(metrics: dict[str, float], step: int) -> None:
             state.log_history.append({**metrics, "step": step})
 
-        log.info(self._start(model, [kwargs["optimizer"]], self._saved_steps(state), Sink(write)))
+        steps, group = self._saved_steps(state), dist.group.WORLD if is_copied else None
+        log.info(self._start(model, [kwargs["optimizer"]], steps, Sink(write), group))
 
     def _saved_steps(self, state: TrainerState) -> list[int]:
         saved: Any = (cast(Any, state.stateful_callbacks) or {}).get(type(self).__name__, [])

@@ -43,8 +43,8 @@ class BFloat16Attention(torch.autograd.Function):
         return output.to(dtype)
 
     @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, dO: Tensor) -> tuple[Tensor, Tensor, Tensor, None]:  # type: ignore[override]
+    @once_differentiable  # type: ignore[untyped-decorator]
+    def backward(ctx: Any, dO: Tensor) -> tuple[Tensor, Tensor, Tensor, None]:
         q, k, v, output, log_total = ctx.saved_tensors
         dO = dO.bfloat16()
         P = (_scores(q, k) - log_total).exp()

@@ -168,8 +168,8 @@ def _attend(config: TransformerConfig, q_BNTH: Tensor, k_BKTH: Tensor, v_BKTH: T
     if config.attention == "exact":
         return F.scaled_dot_product_attention(q_BNTH, k_BKTH, v_BKTH, is_causal=True, enable_gqa=group > 1)
     k_BNTH, v_BNTH = (x.repeat_interleave(group, dim=1) for x in (k_BKTH, v_BKTH))
-    y_BNTH: Tensor = BFloat16Attention.apply(q_BNTH, k_BNTH, v_BNTH, config.attention == "bf16_stable")
-    return y_BNTH
+    is_stable = config.attention == "bf16_stable"
+    return BFloat16Attention.apply(q_BNTH, k_BNTH, v_BNTH, is_stable)  # type: ignore[no-any-return, no-untyped-call]
 
 
 class Attention(nn.Module):

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import os
 import pydoc_data.topics
+import time
 from collections.abc import Callable
+from datetime import timedelta
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -13,12 +15,12 @@ import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
 from torch import Tensor, nn
-from transformers import LlamaConfig, LlamaForCausalLM
 
 from msign_lightning.recipes.data import RandomWindows, Windows
 
 if TYPE_CHECKING:
     from composer import Trainer
+    from transformers import LlamaForCausalLM
 
 TEXT = next(iter(pydoc_data.topics.topics.values())).encode("ascii", "replace")
 
@@ -30,6 +32,8 @@ def windows(batches: int, *, vocab_size: int = 96, sequence_length: int = 16) ->
 
 
 def llama(dtype: torch.dtype = torch.float32, vocab_size: int = 96, positions: int = 32) -> LlamaForCausalLM:
+    from transformers import LlamaConfig, LlamaForCausalLM  # not at once, for processes that need none
+
     torch.manual_seed(0)
     config = LlamaConfig(
         vocab_size=vocab_size,
@@ -64,20 +68,53 @@ def composer_trainer(model: nn.Module, **arguments: Any) -> Trainer:
 
 def on_two_ranks(function: Callable[..., Any], folder: Path, *arguments: Any) -> list[Any]:
     """What `function(rank, *arguments)` returns in each of two processes, which form a group over gloo."""
-    mp.spawn(_on_rank, (function, folder, arguments), nprocs=2)
-    return [torch.load(folder / f"returned-{rank}.pt", weights_only=False) for rank in range(2)]
+    return on_ranks(2, function, folder, *arguments)
 
 
-def _on_rank(rank: int, function: Callable[..., Any], folder: Path, arguments: tuple[Any, ...]) -> None:
+def on_ranks(
+    ranks: int, function: Callable[..., Any], folder: Path, *arguments: Any, seconds: float = 180, lost: int = 0
+) -> list[Any]:
+    """What `function(rank, *arguments)` returns in each of several processes, which form a group over gloo.
+
+    None for a process that was killed. All are killed, and the test fails, after so many seconds.
+
+    Args:
+        ranks: The number of processes.
+        function: What each does.
+        folder: An empty one.
+        *arguments: Passed on.
+        seconds: How long they may take.
+        lost: How many of them, the last ones, don't return: they are killed or stopped, and not waited for.
+    """
+    context = mp.get_context("spawn")
+    processes = [context.Process(target=_on_rank, args=(r, ranks, function, folder, arguments)) for r in range(ranks)]
+    for process in processes:
+        process.start()
+    end = time.monotonic() + seconds
+    for process in processes[: ranks - lost]:
+        process.join(max(0.0, end - time.monotonic()))
+    codes = [process.exitcode for process in processes]
+    for process in processes:
+        process.kill()
+        process.join()
+    assert codes[: ranks - lost] == [0] * (ranks - lost), f"exit codes {codes}; None is for {seconds} s being up"
+    files = [folder / f"returned-{rank}.pt" for rank in range(ranks)]
+    return [torch.load(file, weights_only=False) if file.exists() else None for file in files]
+
+
+def _on_rank(rank: int, ranks: int, function: Callable[..., Any], folder: Path, arguments: tuple[Any, ...]) -> None:
     torch.set_num_threads(1)
     # What Composer wants to know.
     os.environ |= {
-        "WORLD_SIZE": "2",
-        "LOCAL_WORLD_SIZE": "2",
+        "WORLD_SIZE": f"{ranks}",
+        "LOCAL_WORLD_SIZE": f"{ranks}",
         "NODE_RANK": "0",
         "RANK": f"{rank}",
         "LOCAL_RANK": f"{rank}",
     }
-    dist.init_process_group("gloo", init_method=f"file://{folder}/store", rank=rank, world_size=2)
+    timeout = timedelta(seconds=60)
+    dist.init_process_group("gloo", init_method=f"file://{folder}/store", rank=rank, world_size=ranks, timeout=timeout)
     torch.save(function(rank, *arguments), folder / f"returned-{rank}.pt")
+    if "LEAVE" in os.environ:  # a group that has lost a peer can hang when it ends
+        os._exit(0)
     dist.destroy_process_group()

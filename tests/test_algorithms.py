@@ -15,10 +15,10 @@ from composer.algorithms.warnings import NoEffectWarning
 from composer.core import Algorithm, Callback, Precision
 from composer.loggers import InMemoryLogger, TensorboardLogger
 from composer.trainer._scaler import ClosureGradScaler
-from composer.utils.parallelism import FSDPConfig
 from support import assert_same, composer_trainer, on_two_ranks, weights, windows
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from torch import Tensor, nn
+from torch.distributed.fsdp import FullyShardedDataParallel
 from torch.distributed.tensor import DTensor
 from torch.utils.data import DataLoader
 
@@ -255,6 +255,9 @@ class NoMatrix(nn.Sequential):
     def __init__(self) -> None:
         super().__init__(nn.Embedding(96, 8), nn.Linear(8, 96))
 
+    def balance_loss(self) -> float:
+        return 0.0
+
 
 def test_no_effect_is_a_warning():
     with pytest.warns(NoEffectWarning, match="MSign has no effect.*at least one matrix"):
@@ -305,26 +308,22 @@ def test_the_function_reports_and_checks():
         apply_msign(model, rtol=-1.0)
 
 
-def test_fsdp1_is_refused():
-    trainer = make_trainer(MSign())
-    trainer.state.fsdp_config = FSDPConfig()
-    with pytest.raises(RuntimeError, match=r"FSDP1.*FSDP_VERSION=2"):
-        trainer.fit()
-
-
 # --- MSign: several processes -------------------------------------------------------------------------------------
 
 
 def _train_on_rank(rank: int) -> dict[str, dict[str, Tensor]]:
-    os.environ["FSDP_VERSION"] = "2"
+    torch.cuda.current_device = lambda: torch.device("cpu")  # where Composer puts what FSDP1 shards
     warnings.filterwarnings("ignore", "FSDP2 Config/APIs are experimental")
     sharded = {"parallelism_config": {"fsdp": {}}}
     whole = {}
     for name, used, settings in (
         ("ddp", [MSign(period=4)], {}),
+        ("fsdp1", [MSign(period=STEPS)], sharded),
+        ("fsdp1 without", [], sharded),
         ("fsdp2", [MSign(period=STEPS)], sharded),
         ("fsdp2 without", [], sharded),
     ):
+        os.environ["FSDP_VERSION"] = "1" if "1" in name else "2"
         model = make_model()
         for block in model.transformer.blocks:
             block._fsdp_wrap = True
@@ -337,15 +336,23 @@ def _train_on_rank(rank: int) -> dict[str, dict[str, Tensor]]:
             **settings,
         )
         trainer.fit()
-        found = weights(trainer.state.model)
-        assert all(isinstance(p, DTensor) == bool(settings) for p in found.values())
-        whole[name] = {key: p.full_tensor() if isinstance(p, DTensor) else p for key, p in found.items()}
+        with FullyShardedDataParallel.summon_full_params(trainer.state.model, writeback=False):
+            found = weights(trainer.state.model)
+        assert all(isinstance(p, DTensor) == ("fsdp2" in name) for p in found.values())
+        whole[name] = {
+            key.replace("_fsdp_wrapped_module.", ""): p.full_tensor() if isinstance(p, DTensor) else p
+            for key, p in found.items()
+        }
+    model = make_model()
+    flat = FullyShardedDataParallel(model, device_id=torch.device("cpu"))
+    with pytest.raises(ValueError, match=r"use_orig_params of FSDP1 must be True.*got False"):
+        apply_msign(flat)
     return whole
 
 
 def test_ranks_stay_equal_and_match_one_process(tmp_path):
     ranks = on_two_ranks(_train_on_rank, tmp_path)
-    for name in ("ddp", "fsdp2"):
+    for name in ("ddp", "fsdp1", "fsdp2"):
         assert_same(ranks[0][name], ranks[1][name])
 
     model = make_model()
@@ -354,9 +361,10 @@ def test_ranks_stay_equal_and_match_one_process(tmp_path):
         torch.testing.assert_close(ranks[0]["ddp"][name], p, rtol=1e-4, atol=1e-5)
 
     # What is sharded is compared with itself: on CPUs this PyTorch adds up the gradients of the ranks.
-    model.load_state_dict(ranks[0]["fsdp2 without"], strict=False)
-    apply_msign(model)
-    assert_same(ranks[0]["fsdp2"], weights(model))
+    for name in ("fsdp1", "fsdp2"):
+        model.load_state_dict(ranks[0][f"{name} without"], strict=False)
+        apply_msign(model)
+        assert_same(ranks[0][name], weights(model))
 
 
 class TestRecipe:

@@ -20,6 +20,7 @@ LAYERS = (
     ("linalg", "collapse", "recognition"),
     ("targets",),
     ("matrices", "settings"),
+    ("sharding",),
     ("restoration", "spike_no_more", "spectrum", "jacobian"),
     ("alignment", "cut_check", "checkpoints"),
     ("monitor",),

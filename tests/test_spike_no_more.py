@@ -525,6 +525,7 @@ def test_a_look_at_the_new_model_does_not_keep_it_from_being_prepared(tmp_path):
     assert first.weights["transformer.embedding.weight"].std().item() == pytest.approx(STD, rel=0.05)
 
 
+@pytest.mark.filterwarnings("ignore:.*overrides the configure_model callback")  # it shards nothing here
 @pytest.mark.parametrize(
     "make_averaging",
     [lambda: WeightAveraging(avg_fn=get_ema_avg_fn(0.5)), lambda: StochasticWeightAveraging(swa_lrs=1e-3)],

@@ -77,7 +77,7 @@ class MSign(RestorationShell, Algorithm):
 
     Raises:
         ValueError: An argument is out of its range; or when fitting starts, a glob matches nothing.
-        RuntimeError: When fitting starts under FSDP1, which keeps no matrix in one piece.
+            Under FSDP1, `use_orig_params` must be True, as it is by default.
     """
 
     def match(self, event: Event, state: State) -> bool:
@@ -90,7 +90,6 @@ class MSign(RestorationShell, Algorithm):
         if event == Event.INIT:
             self._steps = []
         elif event == Event.FIT_START:
-            refuse_flat_weights(self, state)
             optimizers = [innermost(optimizer) for optimizer in ensure_tuple(state.optimizers)]
             batches = int(state.timestamp.batch)  # at zero the run is new, or `fit(reset_time=True)` says so
             steps = self._steps or [batches] * len(optimizers) if batches else []
