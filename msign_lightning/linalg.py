@@ -253,7 +253,7 @@ def top_singular_triplets(
         raise ValueError(f"V must have shape {(*W.shape[:-2], W.size(-1), k)}, got {tuple(V.shape)}")
     X = _flat_copy(W)
     finite, scale = _finite_and_scale(X)
-    X = torch.where(finite, X / scale, 0.0)
+    X.div_(scale).masked_fill_(~finite, 0.0)
     start = _noise(X, k, generator)
     if V is not None:
         start = V.reshape(start.shape).to(X.dtype).nan_to_num(0.0, 0.0, 0.0) + _FRESH_NOISE * start

@@ -191,7 +191,11 @@ def named_places(model: nn.Module) -> Iterator[tuple[tuple[str, ...], tuple[nn.M
 
 
 def find_candidates(model: nn.Module) -> list[Candidate]:
-    """All parameters of the model in its order, each tied one once."""
+    """All parameters of the model in its order, each tied one once.
+
+    A model without weights, all on the meta device, is taken as it will be.
+    """
+    is_planned = all(parameter.is_meta for parameter in model.parameters())
     places: dict[nn.Parameter, list[tuple[tuple[str, ...], str, tuple[nn.Module, ...]]]] = {}
     for parts, modules in named_places(model):
         for leaf, parameter in modules[-1].named_parameters(recurse=False):
@@ -199,7 +203,7 @@ def find_candidates(model: nn.Module) -> list[Candidate]:
     candidates = []
     for parameter, found in places.items():
         names = tuple(".".join((*parts, leaf)) for parts, leaf, _ in found)
-        obstacle = _obstacle(parameter, found[0][2][-1])
+        obstacle = _obstacle(parameter, found[0][2][-1]) or ("meta" if parameter.is_meta and not is_planned else "")
         kinds = [obstacle or _kind(parameter, *place) for place in found]
         kind = "embedding" if "embedding" in kinds else kinds[0]
         is_usable = not obstacle and kind != _PER_HEAD
@@ -219,8 +223,6 @@ def _obstacle(parameter: nn.Parameter, owner: nn.Module) -> str:
         return "parametrized"
     if isinstance(owner, nn.modules.conv._ConvNd):
         return "convolution"
-    if parameter.is_meta:
-        return "meta"
     return "" if parameter.requires_grad else "frozen"
 
 

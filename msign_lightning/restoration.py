@@ -80,6 +80,9 @@ class Restorer:
         method: How the matrix sign is computed: "auto", or one of the methods of `msign`.
         rtol: Singular values below rtol · σ₁ count as zero; None for the default of the weights' dtype.
         ranks: The processes that share the work; None where only DTensors are shared.
+
+    Raises:
+        ValueError: A target is on the meta device.
     """
 
     def __init__(
@@ -92,6 +95,8 @@ class Restorer:
         ranks: Ranks | None = None,
     ) -> None:
         self.targets = list(targets)
+        if planned := [target.name for target in self.targets if target.parameter.is_meta]:
+            raise ValueError(f"targets must hold weights, got {planned[0]} on the meta device")
         self.ranks = ranks or Ranks()
         self.rule, self.method, self.rtol = rule, method, rtol
         self._known_bad: set[str] = set()
@@ -154,7 +159,8 @@ class Restoration:
         settings: The arguments of `RestorationSettings`, `period` and `targets` first.
 
     Raises:
-        ValueError: An argument is out of its range, nothing is selected, or FSDP1 is without `use_orig_params=True`.
+        ValueError: An argument is out of its range, nothing is selected, it is on the meta device, or FSDP1 is without
+            `use_orig_params=True`.
     """
 
     @with_settings(RestorationSettings)

@@ -23,7 +23,7 @@ from msign_lightning.targets import Group, Target
 
 __all__ = ["MatrixSpectrum", "Spectrum", "SpectrumMonitor"]
 
-_COLD_ITERATIONS = 16  # twice what σ₁ needs, for the sake of σ₂
+COLD_ITERATIONS = 16  # twice what σ₁ needs, for the sake of σ₂
 _WARM_ITERATIONS = 2
 
 
@@ -158,7 +158,7 @@ class SpectrumMonitor:
         return top_singular_triplets(
             X,
             min(2, *shape),
-            iterations=_WARM_ITERATIONS if warm else _COLD_ITERATIONS,
+            iterations=_WARM_ITERATIONS if warm else COLD_ITERATIONS,
             V=torch.stack([self._right[name].to(X.device) for name in batch.names]) if warm else None,
             generator=torch.Generator(X.device).manual_seed(self._measurements),
         )

@@ -113,7 +113,7 @@ def select_targets(
     Globs (`fnmatch`, case sensitive) are matched against the names of `named_parameters()` without the prefixes of
     wrappers, and against those of pieces: "*.c_attn.weight" is Q, K and V, "*.c_attn.weight.v" is V alone.
 
-    Never chosen: a parameter that is frozen, on the meta device, parametrized, of fewer than two dimensions, of three
+    Never chosen: a parameter that is frozen, on meta (unless all are), parametrized, of fewer than two dimensions, of 3
     in an attention (XLNet's, a matrix per head), a convolution kernel, a tensor subclass other than DTensor (quantised
     weights), or not of dtype float64, float32, bfloat16 or float16. A tied parameter counts once; tied to an embedding,
     it is an embedding.

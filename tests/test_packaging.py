@@ -219,6 +219,12 @@ def test_each_extra_brings_what_its_part_needs_and_a_missing_one_is_named(wheel,
     assert refused("ablations") == "ablations"
     assert refused("algorithms.msign") == "composer"
 
+    said = run(environment.python, "-m", "msign_lightning.cli", "inspect", "x", cwd=tmp_path, status=2)
+    assert said == 'error: jsonargparse not installed: pip install "msign-lightning[checkpoints]"\n'
+
+    environment.see("msign-lightning[checkpoints]")
+    assert works("cli")
+
     environment.see("msign-lightning[recipes]")
     assert works("recipes.train")
     assert refused("recipes.demo") == "ablations"

@@ -442,3 +442,11 @@ def test_sharded_parameters_get_what_whole_ones_would(tmp_path: Path):
     assert set(names) == set(LLAMA_ATTENTION + LLAMA_MLP)
     assert_same(after, after_1)
     assert_same(after, {name: restore(p) if name in names else p for name, p in before.items()})
+
+
+def test_a_model_without_weights_is_selected_from_but_not_restored():
+    with torch.device("meta"):
+        planned = llama()
+    assert [t.name for t in select_targets(planned)] == [t.name for t in select_targets(llama())]
+    with pytest.raises(ValueError, match=r"targets must hold weights, got model\.layers\.0.* on the meta device"):
+        Restoration(planned)
