@@ -13,6 +13,7 @@ trained. A parent counts as dead once its sign of life, a counter in the study's
 
 from __future__ import annotations
 
+import itertools
 import json
 import logging
 import math
@@ -48,6 +49,7 @@ _UNDER_WAY = (TrialState.RUNNING, TrialState.WAITING)
 _MAY_CHANGE = ("arms", "factors.", "seeds", "variants.", "sampler.runs", "sampler.trials")
 """Parts of a study that grow and shrink after its start; a search's own trials must stay comparable."""
 _log = logging.getLogger(__name__)
+Place = tuple[Group, int]
 
 
 @dataclass
@@ -126,7 +128,10 @@ class Ledger:
         self._seen: dict[str, tuple[int | None, float]] = {}
         self._claims: dict[int, Claim] = {}
         self._given_up: dict[int, Claim] = {}
-        self._cells: dict[int, Cell] = {}  # by number of trial
+        self._done: dict[str, Cell] = {}  # by key
+        self._probes: dict[Place, dict[int, Probe]] = {}  # of finished trials, by number
+        self._proposals: dict[Place, Proposal] = {}
+        self._settled = 0  # trials below this number are finished
         if isinstance(study.sampler, Tpe):
             # A parent that resumes or joins must not draw again what was drawn before.
             self._storage.sampler = TPESampler(seed=study.sampler.seed + len(self._trials()), constant_liar=True)
@@ -143,8 +148,8 @@ class Ledger:
     @property
     def done(self) -> int:
         """How many cells have been trained, by any parent."""
-        cells = {cell.key: cell for trial in self._trials(*_DONE) if (cell := self._cell(trial)) is not None}
-        return sum(map(self._study.holds, cells.values()))
+        self._absorb()
+        return len(self._done)
 
     @property
     def failed(self) -> list[str]:
@@ -182,7 +187,8 @@ class Ledger:
 
     def adopt(self, cell: Cell, outcome: Outcome) -> None:
         """Writes down what a cell gave that was trained by itself, unless it is known."""
-        if cell.key not in {trial.user_attrs.get("cell") for trial in self._trials(*_DONE)}:
+        self._absorb()
+        if cell.key not in self._done:
             self._storage.add_trial(
                 create_trial(
                     value=_value(outcome),
@@ -194,10 +200,8 @@ class Ledger:
 
     def is_finished(self) -> bool:
         """Whether, when there is nothing to claim, nobody trains a cell that might have to be trained again."""
-        trials = self._trials()
-        if any(trial.state in _UNDER_WAY and "error" not in trial.user_attrs for trial in trials):
-            return False
-        return self._choose(trials) is None
+        under_way = self._absorb()
+        return all("error" in trial.user_attrs for trial in under_way) and self._choose(under_way) is None
 
     def progress(self, claim: Claim, step: int, loss: float) -> bool:
         """Writes down the loss of a running cell; returns whether to prune it."""
@@ -235,11 +239,24 @@ class Ledger:
     def _trials(self, *states: TrialState) -> list[FrozenTrial]:
         return self._storage.get_trials(deepcopy=False, states=states or None)
 
-    def _cell(self, trial: FrozenTrial) -> Cell | None:
-        """A trial's cell; None where its parent has not written it down yet."""
-        if trial.number not in self._cells and "cell" in trial.user_attrs:
-            self._cells[trial.number] = Cell.from_dict(trial.user_attrs["cell_spec"])
-        return self._cells.get(trial.number)
+    def _absorb(self) -> list[FrozenTrial]:
+        """Takes in what has been finished since the last call; returns what is under way."""
+        trials = self._trials()
+        under_way = []
+        for trial in trials[self._settled :]:
+            if trial.state in _UNDER_WAY:
+                under_way.append(trial)
+            elif trial.state in _DONE and trial.user_attrs["cell"] not in self._done:
+                cell = Cell.from_dict(trial.user_attrs["cell_spec"])
+                if self._study.holds(cell):
+                    self._done[trial.user_attrs["cell"]] = cell
+                    place = (cell.group, cell.seed)
+                    stable = not trial.constraints or max(trial.constraints.values()) <= 0
+                    self._probes.setdefault(place, {})[trial.number] = Probe(cell.lr, stable)
+                    self._proposals.pop(place, None)
+        while self._settled < len(trials) and trials[self._settled].state.is_finished():
+            self._settled += 1
+        return under_way
 
     def _fail(self, number: int) -> None:
         """Ends a trial that is not finished, or, if its outcome is known and its end alone was missed, finishes it."""
@@ -265,12 +282,13 @@ class Ledger:
         sampler = self._study.sampler
         if isinstance(sampler, Tpe):
             return self._search(sampler)
-        trials = self._trials()
-        if not any(trial.state == TrialState.WAITING for trial in trials):
-            cell = self._choose(trials)
+        known = len(self._trials())
+        under_way = self._absorb()
+        if not any(trial.state == TrialState.WAITING for trial in under_way):
+            cell = self._choose(under_way)
             if cell is None:
                 return None
-            attributes = {**_attributes(cell), "known": len(trials)}
+            attributes = {**_attributes(cell), "known": known}
             self._storage.add_trial(create_trial(state=TrialState.WAITING, **self._params(cell), user_attrs=attributes))
         trial = self._storage.ask()
         if "cell" not in trial.user_attrs:  # another parent has taken the last one that waited
@@ -278,44 +296,47 @@ class Ledger:
             return self._ask()
         return trial
 
-    def _choose(self, trials: Sequence[FrozenTrial]) -> Cell | None:
+    def _choose(self, under_way: Sequence[FrozenTrial]) -> Cell | None:
         """The next cell of a grid or bisection."""
         study, sampler = self._study, self._study.sampler
-        counted = [trial for trial in trials if trial.state != TrialState.FAIL]
         if isinstance(sampler, Grid):
-            taken = {trial.user_attrs.get("cell") for trial in counted}
-            return next((cell for key, cell in study.cells.items() if key not in taken), None)
+            taken = {trial.user_attrs.get("cell") for trial in under_way}
+            return next((c for key, c in study.cells.items() if key not in self._done and key not in taken), None)
         if isinstance(sampler, Tpe):
             return None
-        places: dict[tuple[Group, int], list[Probe]] = {(g, seed): [] for seed in study.seeds for g in study.groups}
-        for trial in counted:
-            cell = self._cell(trial)
-            if cell is not None and (cell.group, cell.seed) in places:
-                is_known = trial.state.is_finished() and trial.constraints
-                stable = max(trial.constraints.values()) <= 0 if is_known else None
-                places[cell.group, cell.seed].append(Probe(cell.lr, stable))
+        running: dict[Place, list[Probe]] = {}
+        for trial in under_way:
+            if "cell" in trial.user_attrs:
+                cell = Cell.from_dict(trial.user_attrs["cell_spec"])
+                running.setdefault((cell.group, cell.seed), []).append(Probe(cell.lr, None))
         interval = Interval(sampler.low, sampler.high, True, sampler.resolution, sampler.runs)
-        proposals: dict[tuple[Group, int], Proposal] = {
-            place: next_probe(interval, probes) for place, probes in places.items()
-        }
-        (group, seed), proposal = min(proposals.items(), key=lambda item: item[1].urgency)
-        if proposal.value is None or proposal.urgency >= Urgency.SPECULATIVE:
+        best: tuple[Urgency, Place, float] | None = None
+        for place in itertools.product(study.groups, study.seeds):
+            if place in running or place not in self._proposals:
+                probes = [*self._probes.get(place, {}).values(), *running.get(place, [])]
+                proposal = next_probe(interval, probes)
+                if place not in running:
+                    self._proposals[place] = proposal
+            else:
+                proposal = self._proposals[place]
+            if proposal.value is not None and (best is None or proposal.urgency < best[0]):
+                best = (proposal.urgency, place, proposal.value)
+        if best is None or best[0] >= Urgency.SPECULATIVE:
             return None
-        return group.cell(proposal.value, seed)
+        _, (group, seed), lr = best
+        return group.cell(lr, seed)
 
     def _twin(self, trial: Trial, cell: Cell) -> int | None:
         """Number of a trial that has the better right to the same place."""
-        known = trial.user_attrs.get("known", 0)
         is_bisection = isinstance(self._study.sampler, Bisect)
-        for other in self._trials():
-            theirs = self._cell(other)
-            if other.number != trial.number and other.state != TrialState.FAIL and theirs is not None:
-                same = theirs.key == cell.key
-                first = known <= other.number < trial.number
-                beside = is_bisection and (theirs.group, theirs.seed) == (cell.group, cell.seed)
-                if (same and other.state in _DONE) or (first and (same or beside)):
+        trials = self._trials()
+        for other in trials[trial.user_attrs.get("known", 0) : trial.number]:
+            if other.state != TrialState.FAIL and "cell" in other.user_attrs:
+                theirs = Cell.from_dict(other.user_attrs["cell_spec"])
+                if theirs == cell or (is_bisection and (theirs.group, theirs.seed) == (cell.group, cell.seed)):
                     return other.number
-        return None
+        key = cell.key
+        return next((t.number for t in trials if t.user_attrs.get("cell") == key and t.state in _DONE), None)
 
     def _search(self, sampler: Tpe) -> Trial | None:
         if sum(trial.state != TrialState.FAIL for trial in self._trials()) >= sampler.trials:

@@ -222,7 +222,7 @@ class Study:
 
     def holds(self, cell: Cell) -> bool:
         """Whether a cell belongs to the study."""
-        return cell.key in self.cells or (not self.cells and cell.group in self.groups and cell.seed in self.seeds)
+        return cell.key in self.cells if self.cells else cell.group in self.groups and cell.seed in self.seeds
 
     def fingerprint(self) -> dict[str, Any]:
         """The whole study in plain values for JSON, the program's file included."""

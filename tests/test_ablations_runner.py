@@ -1,5 +1,6 @@
 """The runner of studies: storages, cells shared by parents, and real processes that are killed."""
 
+import itertools
 import multiprocessing
 import os
 import random
@@ -8,6 +9,7 @@ import resource
 import shutil
 import signal
 import socket
+import statistics
 import subprocess
 import sys
 import tempfile
@@ -28,9 +30,9 @@ from msign_lightning.ablations.cell import Outcome
 from msign_lightning.ablations.launch import Crashed, Finished, Pool
 from msign_lightning.ablations.ledger import Ledger, exists
 from msign_lightning.ablations.reader import StudyError
-from msign_lightning.ablations.runner import results, run
+from msign_lightning.ablations.runner import cores, results, run, run_alone
 from msign_lightning.ablations.storage import JOURNAL, StorageError, opened, reading
-from msign_lightning.ablations.study import Bisect, Grid, Study, Tpe, load
+from msign_lightning.ablations.study import Bisect, Grid, Study, Tpe, Variant, load
 
 ROOT = Path(__file__).parent.parent
 SMALL = {
@@ -614,3 +616,137 @@ def test_a_cell_that_can_not_be_trained_is_tried_thrice_and_the_others_go_on(fil
     summary = run(cells, folder=tmp_path, workers=2)
     assert summary == (2, [bad.label])
     assert {run.cell for run in results(cells, folder=tmp_path)} == set(list(cells.cells.values())[1:])
+
+
+class TestGrowth:
+    def test_arms_factors_rates_and_seeds_come_and_go_and_what_is_finished_is_kept(self, tmp_path):
+        first = study()
+        grown = study(
+            arms=["zclip", "msign", "adamw", "wide"],
+            factors={"period": [10, 5], "lr": [0.03, 0.003, 0.1]},
+            seeds=[2, 1, 0],
+            variants={"wide": Variant("msign", {"data.batch_size": 8})},
+        )
+        smaller = study(arms=["msign"], seeds=[1])
+        trained = {}
+        for name, cells in (("first", first), ("grown", grown), ("smaller", smaller)):
+            trained[name] = []
+            with opened(None, tmp_path) as (backend, alone):
+                ledger = Ledger(cells, backend, alone=alone)
+                train_all(ledger, trained[name])
+                assert ledger.done == ledger.total == len(cells.cells)
+            found = {run.cell.key for run in results(cells, storage=str(tmp_path / JOURNAL))}
+            assert found == set(cells.cells)
+        assert trained["first"] == list(first.cells)
+        assert trained["grown"] == [key for key in grown.cells if key not in first.cells]
+        assert set(first.cells) - set(grown.cells) == set()
+        assert trained["smaller"] == []
+
+    def test_a_bisection_takes_more_runs_seeds_and_arms(self, tmp_path):
+        few = study(arms=["adamw"], factors={}, sampler=Bisect(1e-3, 10, resolution=0.2, runs=2), seeds=[0])
+        more = study(
+            arms=["msign", "adamw"], factors={}, sampler=Bisect(1e-3, 10, resolution=0.2, runs=5), seeds=[1, 0]
+        )
+        with opened(None, tmp_path) as (backend, alone):
+            train_all(Ledger(few, backend, alone=alone))
+            train_all(Ledger(more, backend, alone=alone))
+            assert_each_cell_once(more, backend)
+            assert set(results(few, storage=str(tmp_path / JOURNAL))) < set(
+                results(more, storage=str(tmp_path / JOURNAL))
+            )
+
+    def test_a_cell_that_waits_but_is_no_longer_part_of_the_study_is_dropped(self, tmp_path):
+        with opened(None, tmp_path) as (backend, alone):
+            killed = Ledger(study(), backend, alone=alone)
+            killed._storage.add_trial(
+                optuna.trial.create_trial(
+                    state=TrialState.WAITING,
+                    **killed._params(study().groups[0].cell(0.5, 0)),
+                    user_attrs={**ledger_module._attributes(study().groups[0].cell(0.5, 0)), "known": 0},
+                )
+            )
+            train_all(Ledger(study(), backend, alone=alone))
+            assert_each_cell_once(study(), backend)
+
+    @pytest.mark.parametrize(
+        "changed, message",
+        [
+            ({"settings": {**SMALL, "data.batch_size": 8}}, "settings.data.batch_size: nothing → 8"),
+            ({"variants": {"mine": Variant("msign", {"period": 4})}}, "variants.mine.settings.period: 5 → 4"),
+            ({"metric": "loss/test"}, 'metric: "loss/val" → "loss/test"'),
+        ],
+    )
+    def test_what_cells_mean_must_not_change(self, tmp_path, changed, message):
+        variants = {"mine": Variant("msign", {"period": 5})}
+        with opened(None, tmp_path) as (backend, alone):
+            Ledger(study(arms=["mine"], factors={"lr": [0.1]}, variants=variants), backend, alone=alone)
+            other = study(**{"arms": ["mine"], "factors": {"lr": [0.1]}, "variants": variants, **changed})
+            with pytest.raises(StudyError, match=re.escape(message)):
+                Ledger(other, backend, alone=alone)
+
+
+def test_cells_by_themselves_make_a_study(file, tmp_path, undisturbed):
+    """Each in a process of its own, as job arrays do; then a parent trains the rest."""
+    study = load(file)
+    keys = list(study.cells)
+    where = ("--folder", tmp_path)
+    out, _ = finish(start("run", file, *where, "--dry-run"))
+    assert [line.split()[:2] for line in out.splitlines()[:-1]] == [[str(i), key] for i, key in enumerate(keys)]
+    assert out.splitlines()[-1] == "study kill: 0 runs of 60 steps done, 12 to do"
+    assert not (tmp_path / "kill").exists()
+
+    jobs = [start("run", file, *where, "--cell", cell) for cell in ("0", keys[3])]
+    for job in jobs:
+        assert "Outcome(val_loss=" in finish(job)[0]
+    done = {keys[0], keys[3]}
+    assert measured(results(study, folder=tmp_path)) == {key: undisturbed[key] for key in done}
+    out, _ = finish(start("report", file, *where))
+    assert "2 runs of 60 steps" in Path(out.splitlines()[0]).read_text()
+    out, _ = finish(start("run", file, *where, "--dry-run"))
+    assert out.count("done") == 3
+    assert "10 to do\nabout " in out
+
+    _, errors = finish(start("run", file, *where, "--workers", 2))
+    assert errors.count("validation loss") == 10
+    assert measured(results(study, folder=tmp_path)) == undisturbed
+    _, errors = finish(start("run", file, *where, "--cell", "12"), 2)
+    assert errors.endswith("error: cell must be the key of a cell of grid kill, or a number below 12, got '12'\n")
+
+
+def test_outcomes_of_another_study_are_left_out(tmp_path, caplog):
+    cells = study(arms=["adamw"], factors={"lr": [0.01]}, seeds=[0])
+    run_alone(cells, "0", folder=tmp_path)
+    assert len(results(cells, folder=tmp_path)) == 1
+    with pytest.raises(StorageError, match="nothing has been run"):
+        results(study(arms=["adamw"], factors={"lr": [0.01]}, seeds=[0], steps=40), folder=tmp_path)
+    assert "is left out, since the study was another: steps: 20 → 40" in caplog.text
+
+
+def test_machines_that_do_not_say_which_cores_a_process_may_use(monkeypatch):
+    monkeypatch.delattr(os, "sched_getaffinity")
+    assert cores() == os.cpu_count()
+
+
+def test_bad_numbers_are_refused(tmp_path):
+    for arguments, message in (
+        ({"workers": 0}, "workers must be a positive integer, got 0"),
+        ({"time_limit": 0.0}, "time_limit must be positive, got 0.0"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            run(study(), folder=tmp_path, **arguments)
+
+
+def test_the_cost_of_a_cell_does_not_grow_with_their_number(tmp_path):
+    """What the ledger does for a cell, in a journal."""
+    cells = study(factors={"lr": [0.001 * i for i in range(1, 76)]}, arms=["adamw"], seeds=list(range(8)))
+    seconds = []
+    with opened(None, tmp_path) as (backend, alone):
+        ledger = Ledger(cells, backend, alone=alone)
+        while (claim := ledger.claim()) is not None:
+            ledger.finish(claim, outcome())
+            assert ledger.done == len(seconds) + 1
+            seconds.append(time.perf_counter())
+    assert len(seconds) == 600
+    spent = [b - a for a, b in itertools.pairwise(seconds)]
+    first, last = statistics.median(spent[:100]), statistics.median(spent[-100:])
+    assert last < 2 * first + 5e-3
