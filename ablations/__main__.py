@@ -32,12 +32,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
             print(plan(study, storage=options.storage, folder=options.folder))
             return 0
         if options.cell is not None:
-            print(run_alone(study, options.cell, folder=options.folder))
+            print(run_alone(study, options.cell, folder=options.folder, legs=options.legs))
             return 0
         if options.command == "resume":
             results(study, storage=options.storage, folder=options.folder)  # raises if it has not been started
         where = {"storage": options.storage, "folder": options.folder}
-        summary = run(study, workers=options.workers, time_limit=options.time_limit, **where)
+        how = {"workers": options.workers, "time_limit": options.time_limit, "legs": options.legs}
+        summary = run(study, **how, **where)
         print(f"{summary.done} cells done, {len(summary.failed)} failed; logs in {options.folder / study.name}")
         for label in summary.failed:
             print(f"failed: {label}", file=sys.stderr)
@@ -76,6 +77,9 @@ def _parser() -> argparse.ArgumentParser:
         if name != "report":
             command.add_argument("--workers", type=_count, help="cells trained at once; else one per GPU or core")
             command.add_argument("--time-limit", type=_count, metavar="SECONDS", help="that a cell may take")
+            command.add_argument(
+                "--legs", type=_count, default=1, help="checkpoints of a cell, less one, to go on from"
+            )
             command.add_argument("--dry-run", action="store_true", help="only show the cells, and how long they take")
             text = "train only this one, in this process, and write outcome.json to its folder: a key or a number"
             command.add_argument("--cell", help=text)

@@ -59,10 +59,10 @@ Message = Progress | Finished | Crashed
 class Worker:
     """One spawned process, with one GPU where there are any."""
 
-    def __init__(self, study: Study, folder: Path, gpu: str | None) -> None:
+    def __init__(self, study: Study, folder: Path, gpu: str | None, legs: int = 1) -> None:
         context = multiprocessing.get_context("spawn")
         self._connection, theirs = context.Pipe()
-        self._process = context.Process(target=_work, args=(theirs, study, folder, gpu))
+        self._process = context.Process(target=_work, args=(theirs, study, folder, gpu, legs))
         # Ctrl-C reaches all processes of a terminal; the mask keeps it from the worker, which its parent stops.
         resource_tracker.ensure_running()  # would lift the mask if it were started by the first worker's start
         signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
@@ -121,14 +121,21 @@ class Pool:
         workers: How many cells may be trained at once.
         gpus: Names of the GPUs, as in CUDA_VISIBLE_DEVICES; dealt out in turns.
         time_limit: Seconds that a cell may take; None for no limit.
+        legs: As of `run_cell`.
     """
 
     def __init__(
-        self, study: Study, folder: Path, workers: int, gpus: Sequence[str] = (), time_limit: float | None = None
+        self,
+        study: Study,
+        folder: Path,
+        workers: int,
+        gpus: Sequence[str] = (),
+        time_limit: float | None = None,
+        legs: int = 1,
     ) -> None:
         self._places: list[Worker | None] = [None] * workers
         self._start: Callable[[int], Worker] = lambda place: Worker(
-            study, folder, gpus[place % len(gpus)] if gpus else None
+            study, folder, gpus[place % len(gpus)] if gpus else None, legs
         )
         self._busy: set[int] = set()
         self._time_limit = time_limit
@@ -233,13 +240,13 @@ class _Pipe:
                 time.sleep(BEAT)
 
 
-def _work(pipe: Any, study: Study, folder: Path, gpu: str | None) -> None:
+def _work(pipe: Any, study: Study, folder: Path, gpu: str | None, legs: int) -> None:
     """The worker process: trains what it is told to until it fails, or its parent ends it or dies."""
     pipe = _Pipe(pipe)
     threading.Thread(target=_end_with_parent, daemon=True).start()
     threading.Thread(target=pipe.beat, daemon=True).start()
     try:
-        _serve(pipe, study, folder, gpu)
+        _serve(pipe, study, folder, gpu, legs)
     except Exception as error:
         no_space = _find_no_space(error)
         if no_space is not None:
@@ -251,7 +258,7 @@ def _work(pipe: Any, study: Study, folder: Path, gpu: str | None) -> None:
             pipe.send(message)
 
 
-def _serve(pipe: _Pipe, study: Study, folder: Path, gpu: str | None) -> None:
+def _serve(pipe: _Pipe, study: Study, folder: Path, gpu: str | None, legs: int) -> None:
     os.environ["OMP_NUM_THREADS"] = "1"  # so that what a cell gives does not depend on how many are trained at once
     if gpu is not None:
         os.environ["CUDA_VISIBLE_DEVICES"] = gpu
@@ -268,7 +275,7 @@ def _serve(pipe: _Pipe, study: Study, folder: Path, gpu: str | None) -> None:
         cell = pipe.recv()
         if cell is None:
             check(study)
-        pipe.send(Finished(None if cell is None else run_cell(study, cell, folder, progress)))
+        pipe.send(Finished(None if cell is None else run_cell(study, cell, folder, progress, legs)))
 
 
 def _find_no_space(error: BaseException | None) -> OSError | None:

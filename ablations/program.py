@@ -36,7 +36,7 @@ Progress = Callable[[int, float], bool]
 Objective = Callable[[Mapping[str, Any], Callable[[int, float], None]], float | Mapping[str, float]]
 
 
-def run_cell(study: Study, cell: Cell, folder: Path, progress: Progress | None = None) -> Outcome | None:
+def run_cell(study: Study, cell: Cell, folder: Path, progress: Progress | None = None, legs: int = 1) -> Outcome | None:
     """Trains one run to its end, in this process.
 
     Runs of the same seed start at the same weights and see the same data, whatever the arm. A divergence ends the run,
@@ -48,6 +48,8 @@ def run_cell(study: Study, cell: Cell, folder: Path, progress: Progress | None =
         folder: Where the study's logs go; those of the run go to folder / cell.folder.
         progress: Called with step and smoothed training loss now and then; True stops the run, unless it was the last
             step.
+        legs: A run under Lightning keeps a checkpoint at the end of each of so many parts, and goes on there when it is
+            tried again: bit for bit on a CPU if the program's data resume exactly, as those of recipes do.
 
     Returns:
         The outcome; None if `progress` stopped the run.
@@ -62,7 +64,7 @@ def run_cell(study: Study, cell: Cell, folder: Path, progress: Progress | None =
     if program is None or isinstance(program, type):
         from msign_lightning.ablations.training import train
 
-        return train(study, cell, folder, progress)
+        return train(study, cell, folder, progress, legs)
     return _call(program, study, cell, folder, progress)
 
 

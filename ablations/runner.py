@@ -53,6 +53,7 @@ def run(
     workers: int | None = None,
     folder: Path = FOLDER,
     time_limit: float | None = None,
+    legs: int = 1,
 ) -> Summary:
     """Trains the cells of a study that are not done yet, until none is left.
 
@@ -67,9 +68,10 @@ def run(
             of the GPUs; None for as many as there are GPUs, or else cores.
         folder: Where the study's folder goes, with the journal and the cells' logs.
         time_limit: Seconds that a cell may take; None for no limit.
+        legs: As of `program.run_cell`: a cell that is tried again goes on where its last leg ended.
 
     Raises:
-        ValueError: The number of workers or the time limit is not positive.
+        ValueError: The number of workers or legs, or the time limit is not positive.
         StudyError: The study was started with other content, or does not fit its program.
         StorageError: The storage or the folder can't be used, or no longer. What was finished is kept.
         KeyboardInterrupt: It was interrupted or terminated. What was finished is kept, what was not is trained again.
@@ -78,6 +80,8 @@ def run(
     workers = workers if workers is not None else len(gpus) or cores()
     if workers < 1:
         raise ValueError(f"workers must be a positive integer, got {workers}")
+    if legs < 1:
+        raise ValueError(f"legs must be a positive integer, got {legs}")
     if time_limit is not None and not time_limit > 0:
         raise ValueError(f"time_limit must be positive, got {time_limit}")
     place = folder / study.name
@@ -86,7 +90,7 @@ def run(
         exists(study, backend)
         ledger: Ledger | None = None
         try:
-            with Pool(study, place, workers, gpus, time_limit) as pool:
+            with Pool(study, place, workers, gpus, time_limit, legs) as pool:
                 _log.info("study %s: %d workers start, which takes some seconds", study.name, workers)
                 _check_program(study, pool, interrupt)
                 ledger = Ledger(study, backend, alone=alone)
@@ -103,13 +107,14 @@ def run(
         return Summary(ledger.done, ledger.failed)
 
 
-def run_alone(study: Study, key: str, *, folder: Path = FOLDER) -> Outcome:
+def run_alone(study: Study, key: str, *, folder: Path = FOLDER, legs: int = 1) -> Outcome:
     """Trains one cell of a grid in this process and writes its outcome to its folder, for `run` and `results` to find.
 
     Args:
         study: The cell's study.
         key: The cell's key, or its number among the study's cells, counted from 0, as job arrays do.
         folder: As of `run`.
+        legs: As of `run`.
 
     Raises:
         StudyError: The study has no such cell, or does not fit its program.
@@ -124,7 +129,7 @@ def run_alone(study: Study, key: str, *, folder: Path = FOLDER) -> Outcome:
     cell = study.cells[key] if key in study.cells else cells[int(key)]
     place = folder / study.name
     _check_writable(place / cell.folder)
-    outcome = run_cell(study, cell, place)
+    outcome = run_cell(study, cell, place, legs=legs)
     assert outcome is not None  # nothing prunes it
     found = {"cell": cell.as_dict(), "outcome": outcome.as_dict(), "fingerprint": study.fingerprint()}
     unfinished = place / cell.folder / f"{OUTCOME}.part"

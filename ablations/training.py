@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import hashlib
+import json
 import logging
 import math
 from argparse import ArgumentError
@@ -33,11 +35,11 @@ FRILLS = (Checkpoint, ProgressBar, ModelSummary)
 """Callbacks that a cell does without."""
 
 
-def train(study: Study, cell: Cell, folder: Path, progress: Progress | None = None) -> Outcome | None:
+def train(study: Study, cell: Cell, folder: Path, progress: Progress | None = None, legs: int = 1) -> Outcome | None:
     """Trains one run on one thread: see `ablations.program.run_cell`.
 
     Nothing is restored in the last period before the validation. Scalars for TensorBoard go to folder / cell.folder, in
-    place of those of an earlier try.
+    place of those of an earlier try, unless that has finished a leg.
     """
     torch.set_num_threads(1)
     recorder = Recorder(progress=progress)
@@ -45,11 +47,16 @@ def train(study: Study, cell: Cell, folder: Path, progress: Progress | None = No
     trainer, data = cli.trainer, cli.datamodule
     trainer.callbacks.insert(0, recorder)  # type: ignore[attr-defined]
     logger = TensorBoardLogger(folder, cell.folder, version="")
-    for file in Path(logger.log_dir).glob("events.out.tfevents.*"):
-        file.unlink()
     trainer.logger = logger
+    saver = _Leg(study, cell, Path(logger.log_dir), legs)
+    if legs > 1:
+        trainer.callbacks.append(saver)  # type: ignore[attr-defined]
+    begun = legs > 1 and saver.file.exists()
+    for file in [] if begun else Path(logger.log_dir).glob("events.out.tfevents.*"):
+        file.unlink()
     limit, trainer.limit_val_batches = trainer.limit_val_batches, 0
-    trainer.fit(cli.model, datamodule=data)
+    trainer.fit(cli.model, datamodule=data, ckpt_path=saver.file if begun else None)
+    saver.file.unlink(missing_ok=True)
     if recorder.stopped:
         return None
     val_loss = None
@@ -67,6 +74,25 @@ def train(study: Study, cell: Cell, folder: Path, progress: Progress | None = No
         steps_per_second=recorder.steps_per_second,
         seconds=recorder.seconds,
     )
+
+
+class _Leg(pl.Callback):
+    """Saves a checkpoint at the end of each leg of a run but the last; each in place of the one before."""
+
+    def __init__(self, study: Study, cell: Cell, folder: Path, legs: int) -> None:
+        meaning = {**study.fingerprint(), "settings": plain(study.settings_of(cell))}
+        own = [meaning[name] for name in ("program", "steps", "settings", "lr")]  # whatever else the study holds
+        self.file = folder / f"leg-{hashlib.sha256(json.dumps(own).encode()).hexdigest()[:8]}.ckpt"
+        self._every = -(-study.steps // legs)
+        self._saved = 0
+
+    def on_train_batch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule, *_: Any) -> None:
+        step = trainer.global_step
+        if step % self._every == 0 and self._saved < step < trainer.max_steps and not trainer.should_stop:
+            unfinished = self.file.with_suffix(".part")
+            trainer.save_checkpoint(unfinished)
+            unfinished.rename(self.file)
+            self._saved = step
 
 
 def _validate(study: Study, cli: LightningCLI) -> float:

@@ -121,8 +121,20 @@ class Recorder(pl.Callback):
         if self._losses:  # the data ended before the steps
             self._bring(trainer)
 
+    def state_dict(self) -> dict[str, Any]:
+        pending = {"loss": [float(v) for v in self._losses], "norm": [float(v) for v in self._norms]}
+        names = ("losses", "grad_norms", "stable_ranks", "steps", "_timed")
+        return {**{name: getattr(self, name) for name in names}, "pending": pending}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        pending = state_dict["pending"]
+        self._losses, self._norms = ([torch.tensor(v) for v in pending[name]] for name in ("loss", "norm"))
+        for name in state_dict.keys() - {"pending"}:
+            setattr(self, name, state_dict[name])
+
     def _bring(self, trainer: pl.Trainer) -> None:
-        values = torch.stack([*self._losses, *self._norms]).tolist()
+        device = self._losses[-1].device  # others may come from a checkpoint
+        values = torch.stack([value.to(device) for value in (*self._losses, *self._norms)]).tolist()
         losses, norms = values[: len(self._losses)], values[len(self._losses) :]
         self._timed.append((len(losses), perf_counter() - self._start))
         self._losses, self._norms = [], []

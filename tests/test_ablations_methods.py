@@ -428,3 +428,32 @@ class TestTriggered:
         assert flatten.ranks[4] < 2
         assert flatten.ranks[5] > 4, "measured and restored at step 5"
         assert max(flatten.ranks[step] for step in range(12, 20)) < 2
+
+
+class TestLegs:
+    @pytest.mark.parametrize("arm", ["adamw", "zclip", "muon", "cap", "msign_triggered", "spike_no_more"])
+    def test_a_run_that_goes_on_from_its_last_leg_gives_the_same(self, trained, tmp_path, arm):
+        study = make(arms=[arm], factors={"lr": [0.01], **({"period": [PERIOD]} if ARMS[arm].until else {})})
+        cell = first_cell(study)
+        with pytest.raises(ZeroDivisionError):
+            run_cell(study, cell, tmp_path, lambda step, loss: 1 / (39 - step), legs=3)
+        (saved,) = (tmp_path / cell.folder).glob("*.ckpt")
+        assert torch.load(saved, weights_only=False)["global_step"] == 28
+        seen = []
+        again = run_cell(study, cell, tmp_path, lambda step, loss: seen.append(step), legs=3)
+        assert seen == [39, 40]
+        timing = {"seconds": 0, "steps_per_second": 0}
+        assert again._replace(**timing) == trained[0][arm]._replace(**timing)
+        assert not saved.exists()
+
+    def test_a_leg_of_another_run_is_not_gone_on_from(self, tmp_path):
+        def make_with(size):
+            return make(arms=["adamw"], factors={"lr": [0.01]}, settings={"data.batch_size": size})
+
+        cell = first_cell(make_with(4))
+        with pytest.raises(ZeroDivisionError):
+            run_cell(make_with(4), cell, tmp_path, lambda step, loss: 1 / (39 - step), legs=2)
+        for size, expected in ((8, [19, 39, 40]), (4, [39, 40])):
+            seen = []
+            run_cell(make_with(size), cell, tmp_path, lambda step, loss, seen=seen: seen.append(step), legs=2)
+            assert seen == expected
