@@ -19,7 +19,7 @@ from matplotlib.lines import Line2D
 from matplotlib.ticker import LogLocator, NullFormatter
 
 from msign_lightning.ablations.cell import Group, show
-from msign_lightning.ablations.results import LEVEL, Boundary, overheads
+from msign_lightning.ablations.results import LEVEL, Boundary
 from msign_lightning.ablations.results import survival as estimate_survival
 from msign_lightning.ablations.study import Bisect, Study
 
@@ -35,11 +35,6 @@ class Drawing(NamedTuple):
     name: str
     caption: str
     figure: Figure
-
-
-def label(group: Group) -> str:
-    """A group's name."""
-    return group.label
 
 
 def bound(boundary: Boundary) -> str:
@@ -74,9 +69,6 @@ def draw(study: Study, table: pd.DataFrame, boundaries: Sequence[Boundary], base
             "the same learning rates and seeds. A run that had not collapsed at its end is censored there."
         )
         drawings.append(Drawing("survival", text, survival(comparable, baseline)))
-    if (figure := throughput(table)) is not None:
-        text = "Throughput against the period, with a fit; a point is a run. Runs side by side share the machine."
-        drawings.append(Drawing("throughput", text, figure))
     return drawings
 
 
@@ -218,30 +210,6 @@ def survival(table: pd.DataFrame, baseline: str) -> Figure:
         ax.set_xlim(left=0)
         ax.set_xlabel("optimizer steps")
         ax.set_ylabel(f"share of runs not collapsed\n({LEVEL:.0%} interval)")
-    return figure
-
-
-def throughput(table: pd.DataFrame) -> Figure | None:
-    """Steps per second against the period, with the fit T∞ / (1 + r/P); None without a fit that says something."""
-    fits = overheads(table)
-    if not fits:
-        return None
-    figure = Figure(figsize=(7, 4), layout="constrained")
-    ax = figure.add_subplot()
-    periods = sorted({period for _, rows in fits.values() for period in rows["period"]})
-    span = np.geomspace(periods[0] / 1.3, periods[-1] * 1.3, 100)
-    for place, (group, (fit, rows)) in enumerate(fits.items()):
-        color = COLORS[place % len(COLORS)]
-        ax.plot(rows["period"], rows["steps_per_second"], "o", color=color, markersize=4, alpha=0.6)
-        told = f"{group.label}: T∞ = {fit.limit:,.1f}, r = {fit.ratio:.2f}"
-        ax.plot(span, [fit(period) for period in span], color=color, label=told)
-    ax.set_xscale("log")
-    ax.set_xticks(periods, [f"{period:g}" for period in periods])
-    ax.xaxis.set_minor_formatter(NullFormatter())
-    ax.set_xlabel("period P (steps)")
-    ax.set_ylabel("throughput T (steps per second)")
-    ax.grid(alpha=0.3)
-    figure.legend(loc="outside upper left", frameon=False, fontsize=SMALL, title="T(P) = T∞ / (1 + r/P)")
     return figure
 
 

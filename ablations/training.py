@@ -46,7 +46,7 @@ def train(study: Study, cell: Cell, folder: Path, progress: Progress | None = No
     cli = _build(study, cell, folder)
     trainer, data = cli.trainer, cli.datamodule
     trainer.callbacks.insert(0, recorder)  # type: ignore[attr-defined]
-    logger = TensorBoardLogger(folder, cell.folder, version="")
+    logger = _Scalars(folder, cell.folder, version="")
     trainer.logger = logger
     saver = _Leg(study, cell, Path(logger.log_dir), legs)
     if legs > 1:
@@ -74,6 +74,13 @@ def train(study: Study, cell: Cell, folder: Path, progress: Progress | None = No
         steps_per_second=recorder.steps_per_second,
         seconds=recorder.seconds,
     )
+
+
+class _Scalars(TensorBoardLogger):
+    """Leaves out the epoch, which Lightning adds to all that is logged."""
+
+    def log_metrics(self, metrics: Mapping[str, float], step: int | None = None) -> None:
+        super().log_metrics({name: value for name, value in metrics.items() if name != "epoch"}, step)
 
 
 class _Leg(pl.Callback):

@@ -9,11 +9,11 @@ import base64
 import fcntl
 import io
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from importlib.metadata import version
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jinja2
 import matplotlib
@@ -21,8 +21,8 @@ import pandas as pd  # type: ignore[import-untyped]
 import yaml
 
 from msign_lightning.ablations import board, figures
-from msign_lightning.ablations.cell import show
-from msign_lightning.ablations.figures import Drawing, bound, label
+from msign_lightning.ablations.cell import Group, show
+from msign_lightning.ablations.figures import Drawing, bound
 from msign_lightning.ablations.methods import PLAIN
 from msign_lightning.ablations.reader import StudyError
 from msign_lightning.ablations.results import (
@@ -44,7 +44,7 @@ from msign_lightning.ablations.study import Bisect, Grid, Study, Tpe
 from msign_lightning.recipes.provenance import provenance
 
 MISSING = "–"
-FIGURES = ("loss", "frontier", "frontier_map", "survival", "throughput")
+FIGURES = ("loss", "frontier", "frontier_map", "survival")
 TEXTS = ("report.html", "report.md", "runs.csv", "results.csv", "frontier.csv")
 _LOWEST = 10
 """Runs in the table of a search."""
@@ -197,7 +197,7 @@ def best_table(found: Findings) -> Table:
     if isinstance(found.study.sampler, Tpe):
         lowest = found.table.dropna(subset="val_loss").nsmallest(_LOWEST, "val_loss")
         rows = [
-            {"arm": label(r.group), "learning rate": f"{r.lr:.4g}", "seed": r.seed, "loss": show_loss(r.val_loss)}
+            {"arm": r.group.label, "learning rate": f"{r.lr:.4g}", "seed": r.seed, "loss": show_loss(r.val_loss)}
             for r in lowest.itertuples()
         ]
         return Table(f"The lowest of {len(found.table)} runs", pd.DataFrame(rows))
@@ -245,18 +245,22 @@ def _csv(frame: pd.DataFrame) -> str:
     return text
 
 
+def _record(found: Findings, group: Group, what: object, values: Mapping[str, Any]) -> dict[str, Any]:
+    """A row of a CSV file: a group, values, and the test against the baseline."""
+    comparison, verdict = found.verdicts.get(what, (None, None))
+    low, high = (None, None) if comparison is None else comparison.interval()
+    test = {"p": comparison and comparison.p, "difference_low": low, "difference_high": high, "verdict": verdict}
+    return {"arm": group.arm, **{name: show(value) for name, value in group.factors}, **values, **test}
+
+
 def results_csv(found: Findings) -> str:
     """A row for each group and learning rate; the losses of seed n in val_loss_n, "diverged" where it did."""
     rows = []
     for r in found.results:
-        comparison, verdict = found.verdicts.get((r.group, r.lr), (None, None))
-        low, high = (None, None) if comparison is None else comparison.interval()
-        factors = {name: show(value) for name, value in r.group.factors}
         losses = {f"val_loss_{s}": "diverged" if v is None else v for s, v in sorted(r.losses.items())}
-        known = {"mean": r.mean, "n_runs": len(r.losses), "n_stable": r.stable, "n_pairs": len(r.baseline)}
-        speed = {"stable_rank": r.stable_rank, "steps_per_second": r.steps_per_second}
-        test = {"n_better": r.better, "p": comparison and comparison.p, "low": low, "high": high, "verdict": verdict}
-        rows.append({"arm": r.group.arm, **factors, "lr": r.lr, **losses, **known, **test, **speed})
+        counts = {"n_runs": len(r.losses), "n_stable": r.stable, "n_pairs": len(r.baseline), "n_better": r.better}
+        means = {"mean": r.mean, "stable_rank": r.stable_rank, "steps_per_second": r.steps_per_second}
+        rows.append(_record(found, r.group, (r.group, r.lr), {"lr": r.lr, **losses, **means, **counts}))
     return _csv(pd.DataFrame(rows))
 
 
@@ -264,12 +268,9 @@ def frontier_csv(found: Findings) -> str:
     """A row for each group."""
     rows = []
     for b in found.boundaries:
-        comparison, verdict = found.verdicts.get(b.group, (None, None))
-        factors = {name: show(value) for name, value in b.group.factors}
         own = {name: value for name, value in b._asdict().items() if name not in ("group", "seeds")}
         counts = {"n_seeds": len(b.seeds), "n_non_monotone": len(b.non_monotone)}
-        test = {"p": comparison and comparison.p, "verdict": verdict}
-        rows.append({"arm": b.group.arm, **factors, **own, **counts, **test})
+        rows.append(_record(found, b.group, b.group, {**own, **counts}))
     return _csv(pd.DataFrame(rows))
 
 
@@ -326,31 +327,22 @@ def _criterion(study: Study) -> str:
 
 
 def _ranking(found: Findings) -> list[str]:
-    """Who is first, where the baseline is, and what beats MSign: a description, without a verdict."""
+    """Who is first, where the baseline is, and how far MSign got: a description, without a verdict."""
     ranking = best(found.results)
     if len(ranking) < 2:
         return []
-
-    def told(b: Result) -> str:
-        return f"{b.group.label} ({show_loss(b.mean)} at {b.lr:.3g})"
-
-    places = [f"{told(ranking[0])} ends lowest"]
-    places += [f"{told(b)} is number {n}" for n, b in enumerate(ranking[1:], 2) if b.group.arm == found.baseline]
-    lines = [
-        f"Of the {len(ranking)} compared, each at the learning rate that is best for it on these very seeds, "
-        f"{'; '.join(places)}."
+    is_ours = [found.study.arm(b.group.arm).until is not None for b in ranking]
+    first_of_ours = [is_ours.index(True)] if any(is_ours) else []
+    baselines = [i for i, b in enumerate(ranking) if b.group.arm == found.baseline]
+    places = [
+        f"{ranking[i].group.label} is number {i + 1} ({show_loss(ranking[i].mean)} at {ranking[i].lr:.3g})"
+        for i in sorted({0, *baselines, *first_of_ours})
     ]
+    told = f"Of the {len(ranking)} compared, each at the learning rate that is best for it on these very seeds"
     compared = {b.group for b in ranking}
-    if absent := dict.fromkeys(r.group.label for r in found.results if r.group not in compared):
-        lines.append(f"Not compared, since a seed has no finite result: {', '.join(absent)}.")
-    ours = [b for b in ranking if found.study.arm(b.group.arm).until is not None]
-    others = [b for b in ranking if b not in ours]
-    if ours and others:
-        first = told(ours[0]) + (f", the best of {len(ours)} with it" if len(ours) > 1 else "")
-        lower = [told(b) for b in others if (b.mean or 0) < (ours[0].mean or 0)]
-        end = f"these are: {', '.join(lower)}." if lower else f"nothing is; next is {told(others[0])}."
-        lines.append(f"Without MSign and lower than {first}: {end}")
-    return lines
+    absent = dict.fromkeys(r.group.label for r in found.results if r.group not in compared)
+    missing = [f"Not compared, since a seed has no finite result: {', '.join(absent)}."] if absent else []
+    return [f"{told}, {'; '.join(places)}.", *missing]
 
 
 def _verdicts(found: Findings) -> list[str]:
