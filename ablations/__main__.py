@@ -37,7 +37,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         if options.command == "resume":
             results(study, storage=options.storage, folder=options.folder)  # raises if it has not been started
         where = {"storage": options.storage, "folder": options.folder}
-        how = {"workers": options.workers, "time_limit": options.time_limit, "legs": options.legs}
+        how = {name: getattr(options, name) for name in ("workers", "time_limit", "legs", "launcher")}
         summary = run(study, **how, **where)
         print(f"{summary.done} cells done, {len(summary.failed)} failed; logs in {options.folder / study.name}")
         for label in summary.failed:
@@ -80,6 +80,7 @@ def _parser() -> argparse.ArgumentParser:
             command.add_argument(
                 "--legs", type=_count, default=1, help="checkpoints of a cell, less one, to go on from"
             )
+            command.add_argument("--launcher", choices=("local", "ray"), default="local", help="where (%(default)s)")
             command.add_argument("--dry-run", action="store_true", help="only show the cells, and how long they take")
             text = "train only this one, in this process, and write outcome.json to its folder: a key or a number"
             command.add_argument("--cell", help=text)

@@ -1,4 +1,7 @@
-"""Where cells are trained: worker processes of this machine, and what they say."""
+"""Where cells are trained: worker processes, and what they say.
+
+A launcher is a class with the interface of `Worker`: processes of this machine, or of a Ray cluster.
+"""
 
 from __future__ import annotations
 
@@ -75,14 +78,14 @@ class Worker:
         self.started = time.monotonic()
 
     @property
-    def handles(self) -> tuple[Any, int]:
+    def handles(self) -> tuple[Any, ...]:
         """What `multiprocessing.connection.wait` may wait for: a message, or the death of the process."""
         return self._connection, self._process.sentinel
 
     @property
-    def pid(self) -> int:
-        """Number of the process."""
-        return self._process.pid  # type: ignore[return-value]
+    def name(self) -> str:
+        """For people."""
+        return f"worker process {self._process.pid}"
 
     def send(self, message: Cell | bool | None) -> None:
         """A cell to train, None to check the recipe, or an answer to a report. A dead worker is noticed later."""
@@ -102,7 +105,7 @@ class Worker:
         self._process.join()
         code = self._process.exitcode or 0
         how = f"was killed by {signal.Signals(-code).name}" if code < 0 else f"ended with exit status {code}"
-        return Crashed(f"worker process {self.pid} {how}")
+        return Crashed(f"{self.name} {how}")
 
     def kill(self) -> None:
         """Ends the process at once."""
@@ -122,6 +125,7 @@ class Pool:
         gpus: Names of the GPUs, as in CUDA_VISIBLE_DEVICES; dealt out in turns.
         time_limit: Seconds that a cell may take; None for no limit.
         legs: As of `run_cell`.
+        launcher: `Worker`, or a class with its interface.
     """
 
     def __init__(
@@ -132,9 +136,10 @@ class Pool:
         gpus: Sequence[str] = (),
         time_limit: float | None = None,
         legs: int = 1,
+        launcher: type[Worker] = Worker,
     ) -> None:
         self._places: list[Worker | None] = [None] * workers
-        self._start: Callable[[int], Worker] = lambda place: Worker(
+        self._start: Callable[[int], Worker] = lambda place: launcher(
             study, folder, gpus[place % len(gpus)] if gpus else None, legs
         )
         self._busy: set[int] = set()
@@ -202,9 +207,9 @@ class Pool:
     def _hung(self, worker: Worker, awake: float) -> Crashed | None:
         worker.silent += awake
         if worker.silent > SILENCE:
-            return Crashed(f"worker process {worker.pid} gave no sign of life for {SILENCE:g} s")
+            return Crashed(f"{worker.name} gave no sign of life for {SILENCE:g} s")
         if self._time_limit is not None and time.monotonic() - worker.started > self._time_limit:
-            return Crashed(f"worker process {worker.pid} took longer than the time limit of {self._time_limit:g} s")
+            return Crashed(f"{worker.name} took longer than the time limit of {self._time_limit:g} s")
         return None
 
     def _worker(self, place: int) -> Worker:
@@ -232,19 +237,24 @@ class _Pipe:
         with self._lock:
             self._pipe.send(message)
 
-    def beat(self) -> None:
-        """Shows until the end that the process is alive."""
-        with suppress(OSError):
-            while True:
-                self.send(Alive())
-                time.sleep(BEAT)
+
+def _beat(pipe: Any) -> None:
+    """Shows until the end that the process is alive."""
+    with suppress(OSError):
+        while True:
+            pipe.send(Alive())
+            time.sleep(BEAT)
 
 
 def _work(pipe: Any, study: Study, folder: Path, gpu: str | None, legs: int) -> None:
     """The worker process: trains what it is told to until it fails, or its parent ends it or dies."""
-    pipe = _Pipe(pipe)
     threading.Thread(target=_end_with_parent, daemon=True).start()
-    threading.Thread(target=pipe.beat, daemon=True).start()
+    attend(_Pipe(pipe), study, folder, gpu, legs)
+
+
+def attend(pipe: Any, study: Study, folder: Path, gpu: str | None, legs: int) -> None:
+    """Trains the cells that come by `pipe.recv` and sends messages, until one fails."""
+    threading.Thread(target=_beat, args=(pipe,), daemon=True).start()
     try:
         _serve(pipe, study, folder, gpu, legs)
     except Exception as error:
@@ -258,7 +268,7 @@ def _work(pipe: Any, study: Study, folder: Path, gpu: str | None, legs: int) -> 
             pipe.send(message)
 
 
-def _serve(pipe: _Pipe, study: Study, folder: Path, gpu: str | None, legs: int) -> None:
+def _serve(pipe: Any, study: Study, folder: Path, gpu: str | None, legs: int) -> None:
     os.environ["OMP_NUM_THREADS"] = "1"  # so that what a cell gives does not depend on how many are trained at once
     if gpu is not None:
         os.environ["CUDA_VISIBLE_DEVICES"] = gpu

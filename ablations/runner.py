@@ -13,14 +13,15 @@ import threading
 from collections.abc import Callable
 from pathlib import Path
 from types import FrameType
-from typing import NamedTuple
+from typing import Literal, NamedTuple
 
 from optuna.trial import TrialState
 from tqdm import tqdm
 from tqdm.contrib.logging import logging_redirect_tqdm
 
+from msign_lightning._extras import need
 from msign_lightning.ablations.cell import Cell, Outcome
-from msign_lightning.ablations.launch import Crashed, Finished, Pool, Progress
+from msign_lightning.ablations.launch import Crashed, Finished, Pool, Progress, Worker
 from msign_lightning.ablations.ledger import Claim, Ledger, changes_of, exists, find
 from msign_lightning.ablations.reader import StudyError
 from msign_lightning.ablations.results import Run
@@ -54,6 +55,7 @@ def run(
     folder: Path = FOLDER,
     time_limit: float | None = None,
     legs: int = 1,
+    launcher: Literal["local", "ray"] = "local",
 ) -> Summary:
     """Trains the cells of a study that are not done yet, until none is left.
 
@@ -65,10 +67,11 @@ def run(
         study: What to run.
         storage: URL of a database, or path of an Optuna journal file; None for a journal in the study's folder.
         workers: How many cells are trained at once, each on one thread and, unless the program trains on the CPU, one
-            of the GPUs; None for as many as there are GPUs, or else cores.
+            of the GPUs; None for as many as there are GPUs, or else cores, on this machine or in the cluster.
         folder: Where the study's folder goes, with the journal and the cells' logs.
         time_limit: Seconds that a cell may take; None for no limit.
         legs: As of `program.run_cell`: a cell that is tried again goes on where its last leg ended.
+        launcher: Where cells are trained: "local", or "ray" for a Ray cluster, all of whose nodes share the folder.
 
     Raises:
         ValueError: The number of workers or legs, or the time limit is not positive.
@@ -77,6 +80,12 @@ def run(
         KeyboardInterrupt: It was interrupted or terminated. What was finished is kept, what was not is trained again.
     """
     gpus = _gpus() if _may_use_gpu(study) else []
+    worker: type[Worker] = Worker
+    if launcher == "ray":
+        need("ray", "ray")
+        from msign_lightning.ablations import cluster
+
+        worker, workers = cluster.RayWorker, workers or cluster.cores()
     workers = workers if workers is not None else len(gpus) or cores()
     if workers < 1:
         raise ValueError(f"workers must be a positive integer, got {workers}")
@@ -90,7 +99,7 @@ def run(
         exists(study, backend)
         ledger: Ledger | None = None
         try:
-            with Pool(study, place, workers, gpus, time_limit, legs) as pool:
+            with Pool(study, place, workers, gpus, time_limit, legs, worker) as pool:
                 _log.info("study %s: %d workers start, which takes some seconds", study.name, workers)
                 _check_program(study, pool, interrupt)
                 ledger = Ledger(study, backend, alone=alone)
@@ -120,6 +129,7 @@ def run_alone(study: Study, key: str, *, folder: Path = FOLDER, legs: int = 1) -
         StudyError: The study has no such cell, or does not fit its program.
         StorageError: The folder can't be written to.
     """
+    os.environ["OMP_NUM_THREADS"] = "1"  # before PyTorch is imported, as for a worker
     from msign_lightning.ablations.program import run_cell
 
     cells = list(study.cells.values())
@@ -129,7 +139,10 @@ def run_alone(study: Study, key: str, *, folder: Path = FOLDER, legs: int = 1) -
     cell = study.cells[key] if key in study.cells else cells[int(key)]
     place = folder / study.name
     _check_writable(place / cell.folder)
-    outcome = run_cell(study, cell, place, legs=legs)
+    try:
+        outcome = run_cell(study, cell, place, legs=legs)
+    except (ValueError, ImportError) as error:
+        raise StudyError(f"{cell.label}: {error}") from error
     assert outcome is not None  # nothing prunes it
     found = {"cell": cell.as_dict(), "outcome": outcome.as_dict(), "fingerprint": study.fingerprint()}
     unfinished = place / cell.folder / f"{OUTCOME}.part"
@@ -142,12 +155,16 @@ def _by_themselves(study: Study, place: Path) -> dict[Cell, Outcome]:
     """What cells gave that were trained by themselves."""
     found = {}
     for file in sorted(place.glob(f"*/{OUTCOME}")):
-        content = json.loads(file.read_text(encoding="utf-8"))
-        cell = Cell.from_dict(content["cell"])
+        try:
+            content = json.loads(file.read_text(encoding="utf-8"))
+            cell, outcome = Cell.from_dict(content["cell"]), Outcome.from_dict(content["outcome"])
+        except (ValueError, KeyError, TypeError) as error:
+            _log.warning("%s is left out, since it holds no outcome: %r", file, error)
+            continue
         if changed := changes_of(study, content["fingerprint"]):
             _log.warning("%s is left out, since the study was another: %s", file, "; ".join(changed))
         elif study.holds(cell):
-            found[cell] = Outcome.from_dict(content["outcome"])
+            found[cell] = outcome
     return found
 
 

@@ -722,6 +722,22 @@ def test_outcomes_of_another_study_are_left_out(tmp_path, caplog):
     assert "is left out, since the study was another: steps: 20 → 40" in caplog.text
 
 
+def test_files_that_are_no_outcomes_are_left_out(tmp_path, caplog):
+    cells = study(arms=["adamw"], factors={"lr": [0.01]}, seeds=[0, 1])
+    run_alone(cells, "0", folder=tmp_path)
+    for name, content in (("mine", "{}"), ("other", "my outcome")):
+        (tmp_path / "tiny" / name).mkdir()
+        (tmp_path / "tiny" / name / "outcome.json").write_text(content)
+    assert [run.cell.seed for run in results(cells, folder=tmp_path)] == [0]
+    assert caplog.text.count("is left out, since it holds no outcome") == 2
+
+
+def test_a_cell_by_itself_says_what_its_program_refuses(tmp_path):
+    cells = study(settings={**SMALL, "model.config.n_heads": 3})
+    with pytest.raises(StudyError, match=r"adamw lr=0.003 seed=0: .*n_heads must divide"):
+        run_alone(cells, "0", folder=tmp_path)
+
+
 def test_machines_that_do_not_say_which_cores_a_process_may_use(monkeypatch):
     monkeypatch.delattr(os, "sched_getaffinity")
     assert cores() == os.cpu_count()
