@@ -108,13 +108,10 @@ class Result(NamedTuple):
     """What the runs of a group at one learning rate gave, against those of the baseline with the same seeds.
 
     Attributes:
-        group: The cells.
-        lr: Their learning rate.
         losses: Seed → validation loss; None if the run diverged.
         stable: Number of stable runs.
         mean: Mean validation loss; None if a run diverged.
-        stable_rank: Geometric mean of the attention matrices' stable ranks at the end; None if one is not known.
-        steps_per_second: Mean throughput of training.
+        stable_rank: Geometric mean over runs; None if one is not known.
         baseline: Seed → validation loss of the baseline, for seeds that both have; empty for the baseline itself.
         comparison: Of the losses, if all runs of both are stable and both have the same seeds; else None.
     """
@@ -374,12 +371,10 @@ def survival(table: pd.DataFrame) -> dict[Group, pd.DataFrame]:
 
 
 class Overhead(NamedTuple):
-    """Throughput T(P) = T∞ / (1 + r/P) against the period P (arXiv 2602.01734, App. A.4).
+    """Throughput T(P) = `limit` / (1 + `ratio`/P) against the period P (arXiv 2602.01734, App. A.4).
 
-    Attributes:
-        limit: T∞, steps per second without applications.
-        ratio: r, the time of one application in steps.
-        error: Root mean square of the relative deviations from the fit.
+    `limit` is in steps per second, `ratio` the time of one application in steps, `error` the root mean square of the
+    relative deviations from the fit.
     """
 
     limit: float
@@ -392,11 +387,7 @@ class Overhead(NamedTuple):
 
 
 def fit_overhead(periods: Sequence[float], steps_per_second: Sequence[float]) -> Overhead:
-    """Fits T(P) = T∞ / (1 + r/P) by least squares on relative deviations of 1/T, which is linear in 1/P.
-
-    Args:
-        periods: Periods P; infinite for runs without applications.
-        steps_per_second: Throughput T of each.
+    """Fits it by least squares on relative deviations of 1/T, which is linear in 1/P.
 
     Raises:
         ValueError: There are fewer than two periods, or a value is not positive.

@@ -25,15 +25,7 @@ FINE = 1 + 1e-9  # width of a bracket that is resolved, in units of the resoluti
 
 
 class Interval(NamedTuple):
-    """Where, how finely and with how many runs a cell's boundary is looked for.
-
-    Attributes:
-        low: Lowest value to try.
-        high: Highest value to try.
-        log: Whether its logarithm is bisected.
-        resolution: Width of a bracket that is fine enough: in decades if `log`, else in units of the value.
-        runs: No more runs than this in one cell.
-    """
+    """Where, how finely and with how many runs a cell's boundary is looked for; `resolution` is in decades if `log`."""
 
     low: float
     high: float
@@ -310,7 +302,7 @@ class FrontierSampler(BaseSampler):
         self._asked.setdefault(trial.number, set()).add(param_name)
         node = self._follow(trial)
         if param_name == self._param:
-            return self._next_value(node, running, param_distribution)
+            return self._next_value(node, param_distribution)
         if self._param in trial.params:
             raise ValueError(f"{self._param} must be suggested after all other parameters, got {param_name} after it")
         self._fixed.discard(param_name)
@@ -319,7 +311,7 @@ class FrontierSampler(BaseSampler):
         urgencies = [self._urgency(node.children.get(value), running, fixed) for value in values]
         return param_distribution.to_external_repr(values[urgencies.index(min(urgencies))])
 
-    def _next_value(self, node: _Node, running: set[int], distribution: BaseDistribution) -> float:
+    def _next_value(self, node: _Node, distribution: BaseDistribution) -> float:
         interval = self._interval(distribution)
         if interval.width < 1:
             raise ValueError(f"resolution must not exceed the interval of {self._param}, got {self._resolution}")
@@ -422,7 +414,8 @@ class FrontierSampler(BaseSampler):
             values = list(node.children) if node.name in self._fixed else node.values(fixed)
             return min(self._urgency(node.children.get(value), running, fixed) for value in values)
         if node.interval is not None:
-            return node.proposal().urgency
+            urgency = node.proposal().urgency
+            return Urgency.RUNNING if id(node) in running and urgency < Urgency.RUNNING else urgency
         if id(node) in running:
             return Urgency.RUNNING
         return Urgency.DONE if node.is_ruled_out else Urgency.NEW
