@@ -12,7 +12,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from msign_lightning.ablations.cell import WINDOW, Cell, Criterion, Group, plain, show
+from msign_lightning.ablations.cell import WINDOW, Cell, Criterion, Group, Outcome, plain, show
 from msign_lightning.ablations.methods import ARMS, PLAIN, Arm, Value
 from msign_lightning.ablations.reader import Node, Source, StudyError, Where, near, read
 from msign_lightning.recipes import recipe_file, recipe_names
@@ -21,6 +21,7 @@ MOST_STEPS = 10**9
 SHORT_NAMES = {"period": "msign.period", "targets": "msign.targets", "rule": "msign.rule"}
 """Factors with a name of their own → the setting that they are; and "lr", which `Study.lr` names."""
 RESERVED = {
+    **dict.fromkeys(("key", "group", "stable", "clipped_loss", *Outcome._fields), "the outcome"),
     "seed": "seeds",
     "seed_everything": "seeds",
     "data.seed": "seeds",
