@@ -25,7 +25,7 @@ from msign_lightning.ablations.reader import StudyError
 from msign_lightning.ablations.study import Study
 
 BEAT = 2.0  # seconds between two signs of life of a worker
-SILENCE = 60.0  # seconds without one after which a worker counts as hung
+SILENCE = 180.0  # seconds without one after which a worker counts as hung; a cold start of PyTorch may take one minute
 _NO_SPACE = {errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EFBIG}
 
 
