@@ -3,7 +3,8 @@
 `python -m benchmarks.sharing` wraps 24 matrices by DDP and by FSDP2 in 1, 2 and 4 gloo processes, applies MSign by
 `Restoration`, and counts in each process the matrices decomposed, the FLOPs of products, the collectives and the bytes
 that these deliver. CPU seconds are those of a process, so that more processes than cores don't distort them as they do
-the wall's. The figures are those of the process that has most.
+the wall's. The figures are those of the process that has most. It also plans large models for 64 and 512 ranks, without
+any.
 """
 
 from __future__ import annotations
@@ -31,13 +32,16 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
+from benchmarks.application import MODELS, Shapes
 from benchmarks.common import FOLDER, keep, table, the_device
 from msign_lightning import Restoration
 from msign_lightning.linalg import Method
 from msign_lightning.recipes.provenance import provenance
+from msign_lightning.sharding import Work, plan
 
 METHODS: tuple[Method, Method] = ("svd", "polynomial")
 WRAPPERS = ("DDP", "FSDP2")
+LARGEST: Shapes = {(8192, 8192): 160, (1024, 8192): 160, (28672, 8192): 160, (8192, 28672): 80}
 
 
 class Counter(TorchDispatchMode):
@@ -108,6 +112,35 @@ def measure(world: int, count: int, width: int, rounds: int) -> list[dict[str, A
     return [{key: max(case[key] for case in cases) for key in cases[0]} for cases in zip(*ranks, strict=True)]
 
 
+def planned(name: str, model: Shapes, experts: int, world: int) -> list[object]:
+    """A row on the plan for a model under FSDP2 on so many ranks: how even it is, what it moves, how long it takes.
+
+    Rows of a parameter are cut into `world` shards. Experts are stacks, cut along their first dimension, and stay where
+    they are. Matrices are of fp32.
+    """
+    works, sizes = [], {}
+    for (m, n), count in model.items():
+        is_expert = experts > 1 and m != n
+        for i in range(count):
+            short, long = min(m, n), max(m, n)
+            homes = [i % experts] if is_expert else ()
+            works.append(Work(f"{m}x{n}.{i}", short**2 * (2 * long + short), homes))
+            sizes[works[-1].name] = 0 if is_expert else 4 * m * n
+    began = time.process_time()
+    owners = plan(works, world)
+    seconds = time.process_time() - began
+    loads, owned = [0] * world, [0] * world
+    for work in works:
+        loads[owners[work.name]] += work.cost
+        owned[owners[work.name]] += sizes[work.name]
+    mean, busiest = sum(loads) / world, max(loads)
+    # A rank sends its shards of what others own, and the others' shards of what it owns.
+    sent = (1 - 1 / world) * (sum(sizes.values()) / world + max(owned))
+    least = max(mean, *(work.cost for work in works))
+    ratios = f"{busiest / mean:.2f}", f"{busiest / least:.2f}"
+    return [name, world, len(works), *ratios, f"{sent / 1e6:.0f}", f"{1e3 * seconds:.0f}"]
+
+
 def main(worlds: list[int], count: int, width: int, rounds: int, folder: Path) -> None:
     """Prints the table and keeps it, and its figures, with date, device and versions."""
     named = (("count", count), ("width", width), ("rounds", rounds), *(("processes", world) for world in worlds))
@@ -131,6 +164,10 @@ def main(worlds: list[int], count: int, width: int, rounds: int, folder: Path) -
         ]
         for case in cases
     ]
+    models = {**MODELS["full"], "70B": LARGEST}
+    plans = [
+        planned(name, model, 16 if "MoE" in name else 1, world) for name, model in models.items() for world in (64, 512)
+    ]
     command = (
         f"`python -m benchmarks.sharing --processes {' '.join(map(str, worlds))} --count {count} --width {width} "
         f"--rounds {rounds}`"
@@ -146,6 +183,13 @@ def main(worlds: list[int], count: int, width: int, rounds: int, folder: Path) -
             "processes, of seconds the median over rounds first.",
             "",
             table(head, rows),
+            "",
+            "Plans for the attention and MLP matrices of the paper's models, and of one of 70 billion parameters with",
+            "grouped queries, under FSDP2: the work of the busiest rank over the mean, and over the least that any",
+            "plan can give it, which one matrix may be; and what a rank sends at most. Experts stay on the ranks that",
+            "hold them, so more ranks than experts have nothing to do for these.",
+            "",
+            table(("model", "ranks", "matrices", "busiest / mean", "busiest / least", "MB sent", "ms to plan"), plans),
             "",
         ]
     )
