@@ -11,9 +11,10 @@ from pathlib import Path
 
 import optuna
 
-from msign_lightning.ablations.runner import FOLDER, results, run
+from msign_lightning.ablations.reader import StudyError
+from msign_lightning.ablations.runner import FOLDER, plan, results, run, run_alone
 from msign_lightning.ablations.storage import StorageError
-from msign_lightning.ablations.study import Study, StudyError, load
+from msign_lightning.ablations.study import Study, load
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -27,13 +28,21 @@ def main(arguments: Sequence[str] | None = None) -> int:
             for file in _report(study, options):
                 print(file)
             return 0
+        if options.dry_run:
+            print(plan(study, storage=options.storage, folder=options.folder))
+            return 0
+        if options.cell is not None:
+            print(run_alone(study, options.cell, folder=options.folder, legs=options.legs))
+            return 0
         if options.command == "resume":
             results(study, storage=options.storage, folder=options.folder)  # raises if it has not been started
-        summary = run(study, storage=options.storage, workers=options.workers, folder=options.folder)
+        where = {"storage": options.storage, "folder": options.folder}
+        how = {name: getattr(options, name) for name in ("workers", "time_limit", "legs", "launcher")}
+        summary = run(study, **how, **where)
         print(f"{summary.done} cells done, {len(summary.failed)} failed; logs in {options.folder / study.name}")
         for label in summary.failed:
             print(f"failed: {label}", file=sys.stderr)
-        if results(study, storage=options.storage, folder=options.folder):
+        if results(study, **where):
             print(f"report: {_report(study, options)[0]}")
     except (StudyError, StorageError) as error:
         print(f"error: {error}", file=sys.stderr)
@@ -67,6 +76,14 @@ def _parser() -> argparse.ArgumentParser:
         command.add_argument("--folder", type=Path, default=FOLDER, help="where the study's folder is (%(default)s)")
         if name != "report":
             command.add_argument("--workers", type=_count, help="cells trained at once; else one per GPU or core")
+            command.add_argument("--time-limit", type=_count, metavar="SECONDS", help="that a cell may take")
+            command.add_argument(
+                "--legs", type=_count, default=1, help="checkpoints of a cell, less one, to go on from"
+            )
+            command.add_argument("--launcher", choices=("local", "ray"), default="local", help="where (%(default)s)")
+            command.add_argument("--dry-run", action="store_true", help="only show the cells, and how long they take")
+            text = "train only this one, in this process, and write outcome.json to its folder: a key or a number"
+            command.add_argument("--cell", help=text)
     return parser
 
 

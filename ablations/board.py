@@ -17,17 +17,17 @@ from tensorboard.plugins.hparams import api_pb2, metadata, plugin_data_pb2, summ
 from tensorboard.summary.writer.event_file_writer import EventFileWriter  # type: ignore[import-untyped]
 
 from msign_lightning.ablations.cell import Cell, show
-from msign_lightning.ablations.frontier import Run
 from msign_lightning.ablations.methods import Scalar, Value
-from msign_lightning.ablations.tables import MISSING
+from msign_lightning.ablations.results import Run
 
 SUFFIX = ".report"
 METRICS = {
     "outcome/val_loss": "validation loss",
     "outcome/stable": "stable",
     "outcome/stable_rank": "stable rank",
-    "outcome/tokens_per_second": "tokens/s",
+    "outcome/steps_per_second": "steps/s",
 }
+MISSING = "–"
 MANY = 20  # values of a numeric column from which on it is an interval in the page's filter, not a list of boxes
 
 
@@ -78,7 +78,7 @@ def _session(run: Run, row: Mapping[str, Scalar], folder: Path) -> None:
     end = max(ends, default=time.time())
     start = end - run.outcome.seconds
     outcome = run.outcome
-    values = (outcome.val_loss, float(run.stable), outcome.stable_rank, outcome.tokens_per_second)
+    values = (outcome.val_loss, float(run.stable), outcome.stable_rank, outcome.steps_per_second)
     scalars = [
         Summary.Value(tag=tag, simple_value=value)
         for tag, value in zip(METRICS, values, strict=True)

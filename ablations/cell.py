@@ -5,12 +5,18 @@ from __future__ import annotations
 import hashlib
 import json
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any, NamedTuple
+
+import numpy as np
 
 from msign_lightning.ablations.methods import Value
 
 Factors = tuple[tuple[str, Value], ...]
+WINDOW = 20
+"""Training losses in a smoothed one."""
+CURVE_POINTS = 50
 
 
 def plain(value: Any) -> Any:
@@ -27,7 +33,8 @@ def show(value: Value) -> str:
     return f"{value:g}" if isinstance(value, float) else str(value)
 
 
-class Group(NamedTuple):
+@dataclass(frozen=True)
+class Group:
     """The cells that differ in learning rate and seed alone.
 
     Attributes:
@@ -43,6 +50,9 @@ class Group(NamedTuple):
         """For people: "msign (period=20, targets=attention)"."""
         inner = ", ".join(f"{name}={show(value)}" for name, value in self.factors)
         return f"{self.arm} ({inner})" if inner else self.arm
+
+    def __lt__(self, other: Group) -> bool:
+        return self.label < other.label
 
     def cell(self, lr: float, seed: int) -> Cell:
         """The cell of the group at a peak learning rate, with a seed."""
@@ -71,7 +81,7 @@ class Cell(NamedTuple):
     @property
     def lr(self) -> float:
         """Peak learning rate."""
-        (lr,) = (value for name, value in self.factors if name == "lr")
+        lr = dict(self.factors)["lr"]
         assert isinstance(lr, float)
         return lr
 
@@ -101,62 +111,15 @@ class Cell(NamedTuple):
         return cls(values["arm"], tuple(sorted(factors.items())), values["seed"])
 
 
-class Outcome(NamedTuple):
-    """What a run gave. Divergence is an outcome. Losses are in nats per token.
-
-    The smoothed loss is the mean of the last twenty training losses.
-
-    Attributes:
-        val_loss: Validation loss after the last step; None if the run diverged.
-        initial_loss: Training loss of the first step.
-        best_loss: Lowest smoothed loss.
-        final_loss: Last smoothed loss; None if the run diverged.
-        diverged_at: Step of the first loss that was not finite, or the last step if only the validation loss was not.
-        collapsed_at: First step from which the smoothed loss stays above min(initial loss, best so far + `delta`) until
-            the end, or `diverged_at` if it was below until then; None if it ends below: censored at `steps`.
-        spikes: Number of times that the loss rose more than `spike` above the median of the last 201.
-        max_grad_norm: Largest finite norm of all gradients before clipping; None if there was none.
-        stable_rank: Geometric mean of the stable ranks of the attention matrices at the end; None if the run diverged.
-        steps: Optimizer steps done.
-        tokens_per_second: Of training, without start-up, validation and measurements.
-        seconds: Of training, without validation and measurements.
-        curve: Step and smoothed loss at about fifty steps.
-    """
-
-    val_loss: float | None
-    initial_loss: float
-    best_loss: float
-    final_loss: float | None
-    diverged_at: int | None
-    collapsed_at: int | None
-    spikes: int
-    max_grad_norm: float | None
-    stable_rank: float | None
-    steps: int
-    tokens_per_second: float
-    seconds: float
-    curve: tuple[tuple[int, float], ...]
-
-    def as_dict(self) -> dict[str, Any]:
-        """Plain values, for JSON."""
-        values: dict[str, Any] = plain(self._asdict())
-        return values
-
-    @classmethod
-    def from_dict(cls, values: Mapping[str, Any]) -> Outcome:
-        """The outcome that gave `as_dict`."""
-        return cls(**{**values, "curve": tuple((step, loss) for step, loss in values["curve"])})
-
-
 class Criterion(NamedTuple):
     """When a run counts as stable: finite to its end, and all of what follows.
 
     Attributes:
-        max_loss: The validation loss must not exceed this bound, in nats per token, which is fixed before the study is
-            run; None for no bound.
+        max_loss: The validation metric must not exceed this bound, which is fixed before the study is run; None for no
+            bound.
         delta: The last smoothed training loss must not exceed min(initial loss, lowest smoothed loss + delta).
         spikes_per_10k: Spikes must not be more frequent than this many in 10,000 steps; None for no limit.
-        spike: A training loss this far above the median of the last 201, in nats per token, is a spike.
+        spike: A training loss this far above the median of the last 201 is a spike.
     """
 
     max_loss: float | None = None
@@ -173,3 +136,68 @@ class Criterion(NamedTuple):
             and outcome.final_loss <= min(outcome.initial_loss, outcome.best_loss + self.delta)
             and (self.spikes_per_10k is None or 1e4 * outcome.spikes <= self.spikes_per_10k * outcome.steps)
         )
+
+
+class Outcome(NamedTuple):
+    """What a run gave. Divergence is an outcome. Losses are in nats per token, unless a program has other ones.
+
+    The smoothed loss is the mean of the last twenty training losses.
+
+    Attributes:
+        val_loss: The study's validation metric after the last step; None if the run diverged.
+        initial_loss: The first training loss.
+        best_loss: Lowest smoothed loss.
+        final_loss: Last smoothed loss; None if the run diverged.
+        diverged_at: Step of the first loss that was not finite, or the last step if only the validation loss was not.
+        collapsed_at: First step from which the smoothed loss stays above min(initial loss, best so far + `delta`) until
+            the end, or `diverged_at` if it was below until then; None if it ends below: censored at `steps`.
+        spikes: Number of times that the loss rose more than `spike` above the median of the last 201.
+        max_grad_norm: Largest finite norm of all gradients before clipping; None if there was none or it is not known.
+        stable_rank: Geometric mean of the stable ranks of the attention matrices at the end; None if the run diverged,
+            or there are none, or they are not known.
+        steps: Optimizer steps done.
+        steps_per_second: Of training, without start-up, validation and measurements.
+        seconds: Of training, without validation and measurements.
+        curve: Step and smoothed loss at about fifty steps.
+    """
+
+    val_loss: float | None
+    initial_loss: float
+    best_loss: float
+    final_loss: float | None
+    diverged_at: int | None
+    collapsed_at: int | None
+    spikes: int
+    max_grad_norm: float | None
+    stable_rank: float | None
+    steps: int
+    steps_per_second: float
+    seconds: float
+    curve: tuple[tuple[int, float], ...]
+
+    def as_dict(self) -> dict[str, Any]:
+        """Plain values, for JSON."""
+        values: dict[str, Any] = plain(self._asdict())
+        return values
+
+    @classmethod
+    def from_dict(cls, values: Mapping[str, Any]) -> Outcome:
+        """The outcome that gave `as_dict`."""
+        return cls(**{**values, "curve": tuple((step, loss) for step, loss in values["curve"])})
+
+
+def smooth(losses: Sequence[float]) -> list[float]:
+    """Mean of each loss and those of up to nineteen before it."""
+    sums = np.cumsum([0.0, *losses])
+    ends = np.arange(1, len(losses) + 1)
+    starts = np.maximum(ends - WINDOW, 0)
+    smoothed: list[float] = ((sums[ends] - sums[starts]) / (ends - starts)).tolist()
+    return smoothed
+
+
+def find_collapse(smoothed: Sequence[float], delta: float) -> int | None:
+    """Index of the first smoothed loss of those, up to the end, that are above all bounds of `Outcome.collapsed_at`."""
+    values = np.asarray(smoothed)
+    limits = np.minimum(values[0], np.minimum.accumulate(values) + delta)
+    last_sound = int(np.flatnonzero(values <= limits)[-1])  # the first always is
+    return None if last_sound == len(values) - 1 else last_sound + 1

@@ -2,18 +2,18 @@
 
 Each training run of a cell is a trial. Its user attributes hold the cell's key ("cell") and content ("cell_spec"), who
 trains it ("parent") and what it gave ("outcome"), or "error" if it can't be trained: such a trial keeps running until
-its parent ends, so that no sampler asks for the cell again before. Failed trials don't count. They have an "error", or
+its parent ends, so that nobody asks for the cell again before. Failed trials don't count. They have an "error", or
 "duplicate" because another trial has their cell, or neither: their parent was stopped. The next one trains them again.
 
-Several parents may share one database. Optuna hands a waiting trial to one of them alone; of two trials of one cell,
-which two parents have enqueued at the same moment, the one with the lower number is trained. To sample, a parent takes
-the next number, knowing all trials before it, or fails the trial and tries again. A parent counts as dead once its sign
-of life, a counter in the study's user attributes, has not changed for `GRACE` seconds of the observer's own clock, so
-that the machines' clocks need not agree.
+Several parents may share one database. A parent that adds a trial writes down how many it "knew": of trials that were
+added meanwhile for the same place (a cell of a grid, a group and seed of a bisection) the one with the lowest number is
+trained. A parent counts as dead once its sign of life, a counter in the study's user attributes, has not changed for
+`GRACE` seconds of the observer's own clock, so that the machines' clocks need not agree.
 """
 
 from __future__ import annotations
 
+import itertools
 import json
 import logging
 import math
@@ -28,24 +28,28 @@ from dataclasses import dataclass
 from typing import Any
 
 import optuna
-from optuna.distributions import BaseDistribution, CategoricalDistribution, FloatDistribution
+from optuna.distributions import BaseDistribution, FloatDistribution, IntDistribution
 from optuna.exceptions import UpdateFinishedTrialError
 from optuna.pruners import MedianPruner, NopPruner
-from optuna.samplers import BaseSampler, RandomSampler, TPESampler
+from optuna.samplers import RandomSampler, TPESampler
 from optuna.storages import BaseStorage
 from optuna.trial import FrozenTrial, Trial, TrialState, create_trial
 
 from msign_lightning.ablations.cell import Cell, Group, Outcome, show
 from msign_lightning.ablations.methods import Value
-from msign_lightning.ablations.sampler import FrontierSampler
-from msign_lightning.ablations.study import Bisect, Grid, Study, StudyError, Tpe, changes, setting_of
+from msign_lightning.ablations.reader import StudyError
+from msign_lightning.ablations.sampler import Interval, Probe, Proposal, Urgency, next_probe
+from msign_lightning.ablations.study import Bisect, Grid, Study, Tpe, changes
 
 BEAT = 10.0  # seconds between two signs of life
 GRACE = 60.0  # seconds without one after which a parent counts as dead
 
 _DONE = (TrialState.COMPLETE, TrialState.PRUNED)
 _UNDER_WAY = (TrialState.RUNNING, TrialState.WAITING)
+_MAY_CHANGE = ("arms", "factors.", "seeds", "variants.", "sampler.runs", "sampler.trials")
+"""Parts of a study that grow and shrink after its start; a search's own trials must stay comparable."""
 _log = logging.getLogger(__name__)
+Place = tuple[Group, int]
 
 
 @dataclass
@@ -58,32 +62,44 @@ class Claim:
     last_step: int = -1
 
 
-def load(study: Study, backend: BaseStorage) -> optuna.Study:
+def find(study: Study, backend: BaseStorage) -> optuna.Study:
     """The study in a storage.
 
     Raises:
-        StudyError: It is not there, or was started with other content.
+        StudyError: It is not there, or what its cells mean has changed since its start.
     """
     try:
         found = optuna.load_study(study_name=study.name, storage=backend)
     except KeyError as error:
         names = ", ".join(sorted(optuna.get_all_study_names(backend))) or "none"
         raise StudyError(f"study {study.name} has not been started here; studies in the storage: {names}") from error
-    started = found.user_attrs.get("fingerprint")
-    changed = changes(started, _plain(study.fingerprint())) if started is not None else []
-    if changed:
+    if changed := changes_of(study, found.user_attrs.get("fingerprint")):
         raise StudyError(
-            f"study {study.name} must not change after its start: {'; '.join(changed)}; "
-            "run what is new under another name"
+            f"study {study.name} must not change after its start, but for arms, factors and seeds: "
+            f"{'; '.join(changed)}; run what is new under another name"
         )
     return found
 
 
+def changes_of(study: Study, started: Mapping[str, Any] | None) -> list[str]:
+    """How a study differs from what it was when cells were trained, as far as that makes them others."""
+    return [] if started is None else [c for c in changes(started, _plain(study)) if not _may_be(c, study)]
+
+
+def _may_be(change: str, study: Study) -> bool:
+    """Whether a change leaves the cells that are done what they are."""
+    if isinstance(study.sampler, Tpe):
+        return change.startswith("sampler.trials:")
+    if change.startswith("variants."):
+        return change.count("nothing") == 1  # it is new, or no longer there
+    return change.startswith(_MAY_CHANGE)
+
+
 def exists(study: Study, backend: BaseStorage) -> bool:
-    """Whether the study has been started; raises as `load` does if with other content."""
+    """Whether the study has been started; raises as `find` does if with other content."""
     if study.name not in optuna.get_all_study_names(backend):
         return False
-    load(study, backend)
+    find(study, backend)
     return True
 
 
@@ -102,9 +118,9 @@ class Ledger:
     def __init__(self, study: Study, backend: BaseStorage, *, alone: bool) -> None:
         self._study = study
         self._storage = optuna.create_study(study_name=study.name, storage=backend, load_if_exists=True)
-        if "fingerprint" not in self._storage.user_attrs:
-            self._storage.set_user_attr("fingerprint", _plain(study.fingerprint()))
-        load(study, backend)
+        find(study, backend)
+        if self._storage.user_attrs.get("fingerprint") != _plain(study):
+            self._storage.set_user_attr("fingerprint", _plain(study))
         self._alone = alone
         self._parent = f"{socket.gethostname()}-{os.getpid()}-{uuid.uuid4().hex[:8]}"
         self._beats = 0
@@ -112,23 +128,28 @@ class Ledger:
         self._seen: dict[str, tuple[int | None, float]] = {}
         self._claims: dict[int, Claim] = {}
         self._given_up: dict[int, Claim] = {}
-        self._storage.sampler = self._make_sampler()
+        self._done: dict[str, Cell] = {}  # by key
+        self._probes: dict[Place, dict[int, Probe]] = {}  # of finished trials, by number
+        self._proposals: dict[Place, Proposal] = {}
+        self._settled = 0  # trials below this number are finished
+        if isinstance(study.sampler, Tpe):
+            # A parent that resumes or joins must not draw again what was drawn before.
+            self._storage.sampler = TPESampler(seed=study.sampler.seed + len(self._trials()), constant_liar=True)
+        else:
+            self._storage.sampler = RandomSampler(seed=0)  # which is not asked
         self._storage.pruner = MedianPruner(n_warmup_steps=study.steps // 5) if study.prune else NopPruner()
 
     @property
     def total(self) -> int | None:
-        """How many cells there will be; None where the sampler decides."""
-        match self._study.sampler:
-            case Grid():
-                return len(self._study.cells())
-            case Tpe(trials=trials):
-                return trials
-        return None
+        """How many cells there will be; None where a bisection decides."""
+        sampler = self._study.sampler
+        return sampler.trials if isinstance(sampler, Tpe) else len(self._study.cells) or None
 
     @property
     def done(self) -> int:
         """How many cells have been trained, by any parent."""
-        return len({trial.user_attrs["cell"] for trial in self._trials(*_DONE)})
+        self._absorb()
+        return len(self._done)
 
     @property
     def failed(self) -> list[str]:
@@ -152,27 +173,38 @@ class Ledger:
 
     def claim(self) -> Claim | None:
         """A cell to train; None if there is none now."""
-        sampler = self._study.sampler
-        while (claim := self._pop() if isinstance(sampler, Grid) else self._sample(sampler)) is not None:
-            claim.trial.set_user_attr("parent", self._parent)
-            number = claim.trial.number
-            twin = next((t.number for t in self._trials() if _goes_first(t, number, claim.cell)), None)
-            if twin is None:
-                self._claims[number] = claim
-                return claim
-            claim.trial.set_user_attr("duplicate", twin)
-            self._fail(number)
+        while (trial := self._ask()) is not None:
+            trial.set_user_attr("parent", self._parent)
+            cell = Cell.from_dict(trial.user_attrs["cell_spec"])
+            twin = self._twin(trial, cell)
+            if twin is None and self._study.holds(cell):
+                self._claims[trial.number] = Claim(trial, cell)
+                return self._claims[trial.number]
+            if twin is not None:
+                trial.set_user_attr("duplicate", twin)
+            self._fail(trial.number)
         return None
+
+    def adopt(self, cell: Cell, outcome: Outcome) -> None:
+        """Writes down what a cell gave that was trained by itself, unless it is known."""
+        self._absorb()
+        if cell.key not in self._done:
+            self._storage.add_trial(
+                create_trial(
+                    value=_value(outcome),
+                    constraints={"unstable": -1.0 if self._study.stability.is_stable(outcome) else 1.0},
+                    **self._params(cell),
+                    user_attrs={**_attributes(cell), "parent": "by itself", "outcome": outcome.as_dict()},
+                )
+            )
 
     def is_finished(self) -> bool:
         """Whether, when there is nothing to claim, nobody trains a cell that might have to be trained again."""
-        trials = self._trials()
-        if any(trial.state in _UNDER_WAY and "error" not in trial.user_attrs for trial in trials):
-            return False
-        return not isinstance(self._study.sampler, Grid) or not self._missing(trials)
+        under_way = self._absorb()
+        return all("error" in trial.user_attrs for trial in under_way) and self._choose(under_way) is None
 
-    def report(self, claim: Claim, step: int, loss: float) -> bool:
-        """Writes down the loss of a running cell, in nats per token; returns whether to prune it."""
+    def progress(self, claim: Claim, step: int, loss: float) -> bool:
+        """Writes down the loss of a running cell; returns whether to prune it."""
         if step <= claim.last_step or not math.isfinite(loss):
             return False
         claim.last_step = step
@@ -187,7 +219,7 @@ class Ledger:
             if outcome is None:
                 self._storage.tell(claim.trial, state=TrialState.PRUNED, skip_if_finished=True)
             else:
-                stable = self._study.criterion.is_stable(outcome)
+                stable = self._study.stability.is_stable(outcome)
                 claim.trial.set_user_attr("outcome", outcome.as_dict())
                 claim.trial.set_constraint("unstable", -1.0 if stable else 1.0)
                 self._storage.tell(claim.trial, _value(outcome), skip_if_finished=True)
@@ -206,6 +238,25 @@ class Ledger:
 
     def _trials(self, *states: TrialState) -> list[FrozenTrial]:
         return self._storage.get_trials(deepcopy=False, states=states or None)
+
+    def _absorb(self) -> list[FrozenTrial]:
+        """Takes in what has been finished since the last call; returns what is under way."""
+        trials = self._trials()
+        under_way = []
+        for trial in trials[self._settled :]:
+            if trial.state in _UNDER_WAY:
+                under_way.append(trial)
+            elif trial.state in _DONE and trial.user_attrs["cell"] not in self._done:
+                cell = Cell.from_dict(trial.user_attrs["cell_spec"])
+                if self._study.holds(cell):
+                    self._done[trial.user_attrs["cell"]] = cell
+                    place = (cell.group, cell.seed)
+                    stable = not trial.constraints or max(trial.constraints.values()) <= 0
+                    self._probes.setdefault(place, {})[trial.number] = Probe(cell.lr, stable)
+                    self._proposals.pop(place, None)
+        while self._settled < len(trials) and trials[self._settled].state.is_finished():
+            self._settled += 1
+        return under_way
 
     def _fail(self, number: int) -> None:
         """Ends a trial that is not finished, or, if its outcome is known and its end alone was missed, finishes it."""
@@ -226,106 +277,101 @@ class Ledger:
         self._seen[parent] = (beat, since if beat == last else now)
         return beat != last or now - since < GRACE
 
-    def _make_sampler(self) -> BaseSampler:
-        match self._study.sampler:
-            case Bisect() as bisect:
-                return FrontierSampler("lr", bisect.resolution, runs=bisect.runs, seed=0)
-            case Tpe(seed=seed):
-                # A parent that resumes or joins must not draw again what was drawn before.
-                return TPESampler(seed=seed + len(self._trials()), constant_liar=True)
-            case Grid():
-                return RandomSampler(seed=0)
+    def _ask(self) -> Trial | None:
+        """A trial with the next cell, as far as this parent knows."""
+        sampler = self._study.sampler
+        if isinstance(sampler, Tpe):
+            return self._search(sampler)
+        known = len(self._trials())
+        under_way = self._absorb()
+        if not any(trial.state == TrialState.WAITING for trial in under_way):
+            cell = self._choose(under_way)
+            if cell is None:
+                return None
+            attributes = {**_attributes(cell), "known": known}
+            self._storage.add_trial(create_trial(state=TrialState.WAITING, **self._params(cell), user_attrs=attributes))
+        trial = self._storage.ask()
+        if "cell" not in trial.user_attrs:  # another parent has taken the last one that waited
+            self._fail(trial.number)
+            return self._ask()
+        return trial
 
-    def _pop(self) -> Claim | None:
-        """A cell of a grid."""
-        if not self._trials(TrialState.WAITING):
-            self._enqueue()
-        if not self._trials(TrialState.WAITING):
+    def _choose(self, under_way: Sequence[FrozenTrial]) -> Cell | None:
+        """The next cell of a grid or bisection."""
+        study, sampler = self._study, self._study.sampler
+        if isinstance(sampler, Grid):
+            taken = {trial.user_attrs.get("cell") for trial in under_way}
+            return next((c for key, c in study.cells.items() if key not in self._done and key not in taken), None)
+        if isinstance(sampler, Tpe):
+            return None
+        running: dict[Place, list[Probe]] = {}
+        for trial in under_way:
+            if "cell" in trial.user_attrs:
+                cell = Cell.from_dict(trial.user_attrs["cell_spec"])
+                running.setdefault((cell.group, cell.seed), []).append(Probe(cell.lr, None))
+        interval = Interval(sampler.low, sampler.high, True, sampler.resolution, sampler.runs)
+        best: tuple[Urgency, Place, float] | None = None
+        for place in itertools.product(study.groups, study.seeds):
+            if place in running or place not in self._proposals:
+                probes = [*self._probes.get(place, {}).values(), *running.get(place, [])]
+                proposal = next_probe(interval, probes)
+                if place not in running:
+                    self._proposals[place] = proposal
+            else:
+                proposal = self._proposals[place]
+            if proposal.value is not None and (best is None or proposal.urgency < best[0]):
+                best = (proposal.urgency, place, proposal.value)
+        if best is None or best[0] >= Urgency.SPECULATIVE:
+            return None
+        _, (group, seed), lr = best
+        return group.cell(lr, seed)
+
+    def _twin(self, trial: Trial, cell: Cell) -> int | None:
+        """Number of a trial that has the better right to the same place."""
+        is_bisection = isinstance(self._study.sampler, Bisect)
+        trials = self._trials()
+        for other in trials[trial.user_attrs.get("known", 0) : trial.number]:
+            if other.state != TrialState.FAIL and "cell" in other.user_attrs:
+                theirs = Cell.from_dict(other.user_attrs["cell_spec"])
+                if theirs == cell or (is_bisection and (theirs.group, theirs.seed) == (cell.group, cell.seed)):
+                    return other.number
+        key = cell.key
+        return next((t.number for t in trials if t.user_attrs.get("cell") == key and t.state in _DONE), None)
+
+    def _search(self, sampler: Tpe) -> Trial | None:
+        if sum(trial.state != TrialState.FAIL for trial in self._trials()) >= sampler.trials:
             return None
         trial = self._storage.ask()
-        if "cell" not in trial.user_attrs:  # another parent has popped the last one
+        before = [t for t in self._trials() if t.number < trial.number and t.state != TrialState.FAIL]
+        if len(before) >= sampler.trials:  # another parent has asked, too
             self._fail(trial.number)
-            return None
-        return Claim(trial, Cell.from_dict(trial.user_attrs["cell_spec"]))
-
-    def _sample(self, sampler: Bisect | Tpe) -> Claim | None:
-        """A cell that the sampler chooses, knowing all that other parents have chosen before."""
-        while True:
-            self._await_others()
-            known = len(self._trials())
-            if not self._is_anything_to_ask(sampler):
-                return None
-            trial = self._storage.ask()
-            if trial.number <= known:  # below: somebody had enqueued it
-                cell = self._suggest(trial, sampler)
-                if isinstance(sampler, Tpe) or self._runs_before(trial) < sampler.runs:
-                    trial.set_user_attr("cell_spec", cell.as_dict())
-                    trial.set_user_attr("cell", cell.key)
-                    return Claim(trial, cell)
-            self._fail(trial.number)  # in the meantime another parent has asked, or told what made this one needless
-
-    def _await_others(self) -> None:
-        """Waits for parents that are between asking and writing down what they got, unless they have died there."""
-        deadline = time.monotonic() + 2
-        while time.monotonic() < deadline and any(
-            "cell" not in trial.user_attrs for trial in self._trials(TrialState.RUNNING)
-        ):
-            time.sleep(0.02)
-
-    def _is_anything_to_ask(self, sampler: Bisect | Tpe) -> bool:
-        if isinstance(sampler, Tpe):
-            return sum(trial.state != TrialState.FAIL for trial in self._trials()) < sampler.trials
-        frontier = self._storage.sampler
-        assert isinstance(frontier, FrontierSampler)
-        return not (frontier.is_exhausted(self._storage) or frontier.must_wait(self._storage))
-
-    def _runs_before(self, trial: Trial) -> int:
-        """How many runs of its group and seed a bisection had before a trial."""
-        same = {**trial.params, "lr": None}
-        earlier = [t for t in self._trials() if t.number < trial.number and t.state != TrialState.FAIL]
-        return sum({**t.params, "lr": None} == same for t in earlier)
-
-    def _suggest(self, trial: Trial, sampler: Bisect | Tpe) -> Cell:
+            return self._search(sampler)
         study = self._study
         arm = trial.suggest_categorical("arm", study.arms)
         factors = {}
         for name, values in study.factors.items():
-            if study.arm(arm).concerned_by(setting_of(name)):
+            if study.arm(arm).concerned_by(study.setting_of(name)):
                 choice = trial.suggest_categorical(name, [_parameter(value) for value in values])
                 factors[name] = next(value for value in values if _parameter(value) == choice)
-        if isinstance(sampler, Bisect):
-            seed = trial.suggest_categorical("seed", study.seeds)
-        else:  # in turns: the best seed is not worth a search
-            seed = study.seeds[trial.number % len(study.seeds)]
+        seed = study.seeds[trial.number % len(study.seeds)]  # in turns: the best seed is not worth a search
         lr = trial.suggest_float("lr", sampler.low, sampler.high, log=True)
-        return Group(arm, tuple(sorted(factors.items()))).cell(lr, seed)
+        for name, value in _attributes(Group(arm, tuple(sorted(factors.items()))).cell(lr, seed)).items():
+            trial.set_user_attr(name, value)
+        return trial
 
-    def _enqueue(self) -> None:
-        """Adds a waiting trial for each cell of a grid that no trial stands for."""
-        study = self._study
-        missing = self._missing(self._trials())
-        if not missing:
-            return
-        rates = [cell.lr for cell in study.cells()]
-        choices: dict[str, Sequence[Value]] = {"arm": study.arms, "seed": study.seeds, **study.factors}
+    def _params(self, cell: Cell) -> dict[str, Any]:
+        """What Optuna knows of a cell: learning rate and seed, whose ranges may grow; the rest is in attributes."""
         distributions: dict[str, BaseDistribution] = {
-            name: CategoricalDistribution([_parameter(value) for value in values]) for name, values in choices.items()
+            "lr": FloatDistribution(min(1e-12, cell.lr), max(1e6, cell.lr), log=True),
+            "seed": IntDistribution(0, 2**32 - 1),
         }
-        distributions["lr"] = FloatDistribution(min(rates), max(rates), log=True)
-        for cell in missing:
-            params = {"arm": cell.arm, "seed": cell.seed, **{name: _parameter(value) for name, value in cell.factors}}
-            trial = create_trial(
-                state=TrialState.WAITING,
-                params=params,
-                distributions={name: distributions[name] for name in params},
-                user_attrs={"cell": cell.key, "cell_spec": cell.as_dict()},
-            )
-            self._storage.add_trial(trial)
+        return {"params": {"lr": cell.lr, "seed": cell.seed}, "distributions": distributions}
 
-    def _missing(self, trials: Sequence[FrozenTrial]) -> list[Cell]:
-        """The cells of a grid that are neither done nor under way."""
-        found = {trial.user_attrs.get("cell") for trial in trials if trial.state != TrialState.FAIL}
-        return [cell for cell in self._study.cells() if cell.key not in found]
+
+def _attributes(cell: Cell) -> dict[str, Any]:
+    """A cell in a trial's user attributes, in a form that people read there, and whole."""
+    shown = {name: show(value) for name, value in cell.group.factors}
+    return {"arm": cell.arm, **shown, "cell_spec": cell.as_dict(), "cell": cell.key}
 
 
 @contextmanager
@@ -335,13 +381,6 @@ def _while_ours(claim: Claim) -> Iterator[None]:
         yield
     except UpdateFinishedTrialError:
         _log.warning("%s is no longer this parent's: others took it for dead", claim.cell.label)
-
-
-def _goes_first(trial: FrozenTrial, number: int, cell: Cell) -> bool:
-    """Whether a trial has the cell that trial `number` has too, and the better right to it."""
-    if trial.number == number or trial.user_attrs.get("cell") != cell.key:
-        return False
-    return trial.state in _DONE or (trial.state in _UNDER_WAY and trial.number < number)
 
 
 def _value(outcome: Outcome) -> float:
@@ -356,7 +395,7 @@ def _parameter(value: Value) -> str | int | float | bool:
     return show(value) if isinstance(value, tuple) else value
 
 
-def _plain(value: dict[str, Any]) -> dict[str, Any]:
-    """As it comes back from a storage."""
-    plain: dict[str, Any] = json.loads(json.dumps(value))
+def _plain(study: Study) -> dict[str, Any]:
+    """The fingerprint as it comes back from a storage."""
+    plain: dict[str, Any] = json.loads(json.dumps(study.fingerprint()))
     return plain

@@ -11,12 +11,7 @@ if TYPE_CHECKING:
 
 Scalar = str | int | float | bool
 Value = Scalar | tuple[Scalar, ...]
-MSignSettings = Mapping[str, Any]
-"""The arguments of an `MSignCallback`, as the recipe's parser has read them."""
-
-
-def _none(msign: MSignSettings) -> list[pl.Callback]:
-    return []
+Arguments = Mapping[str, Any]
 
 
 class Arm(NamedTuple):
@@ -24,7 +19,7 @@ class Arm(NamedTuple):
 
     Attributes:
         description: What it does, in one sentence.
-        settings: Recipe settings that make it what it is; no factor changes them.
+        settings: Settings of a recipe that make it what it is; no factor changes them.
         until: Share of the run after which nothing more is restored; None for a method without MSign, which no setting
             `msign.…` concerns.
         callbacks: Arguments of an `MSignCallback` → the method's callbacks for the trainer.
@@ -34,11 +29,11 @@ class Arm(NamedTuple):
     description: str
     settings: Mapping[str, Value] = {}
     until: float | None = None
-    callbacks: Callable[[MSignSettings], list[pl.Callback]] = _none
+    callbacks: Callable[[Arguments], list[pl.Callback]] | None = None
     package: str | None = None
 
     def concerned_by(self, setting: str) -> bool:
-        """Whether a recipe setting, by its dotted name, changes this method."""
+        """Whether a setting, by its dotted name, changes this method."""
         return setting not in self.settings and (self.until is not None or not setting.startswith("msign."))
 
     def check_package(self) -> None:
@@ -50,75 +45,78 @@ class Arm(NamedTuple):
 # Callbacks are imported when they are made: a study is read, and its results are, without Lightning.
 
 
-def _msign(msign: MSignSettings) -> list[pl.Callback]:
+def _msign(msign: Arguments) -> list[pl.Callback]:
     from msign_lightning import MSignCallback
 
     return [MSignCallback(**msign)]
 
 
-def _triggered(msign: MSignSettings) -> list[pl.Callback]:
+def _triggered(msign: Arguments) -> list[pl.Callback]:
     from msign_lightning import StabilityMonitor
+    from msign_lightning.settings import RestorationSettings
 
+    msign = RestorationSettings(**msign).arguments()
     period: int = msign["period"]
     any_below_4 = {"stable_rank": 4.0, "share": 1e-3, "spike": None, "z_score": None, "stall": None}
     shared = {name: msign[name] for name in ("stop", "targets", "exclude", "cuts", "rule")}
     return [StabilityMonitor({"stable_rank": period}, "restore", thresholds=any_below_4, cooldown=period, **shared)]
 
 
-def _zclip(msign: MSignSettings) -> list[pl.Callback]:
-    from msign_lightning.ablations.zclip import ZClip
+def _zclip(msign: Arguments) -> list[pl.Callback]:
+    from msign_lightning.ablations.baselines import ZClip
 
     return [ZClip()]
 
 
-def _scaled_embed(msign: MSignSettings) -> list[pl.Callback]:
+def _scaled_embed(msign: Arguments) -> list[pl.Callback]:
     from msign_lightning import SpikeNoMoreCallback
 
     return [SpikeNoMoreCallback("scaled_embed", init=False)]
 
 
-def _spike_no_more(msign: MSignSettings) -> list[pl.Callback]:
+def _spike_no_more(msign: Arguments) -> list[pl.Callback]:
     from msign_lightning import SpikeNoMoreCallback
 
     return [SpikeNoMoreCallback("scaled_embed")]
 
 
+PLAIN = "adamw"
+"""The arm that leaves a program as it is, with which others are compared."""
+MUON_PACKAGE = "pytorch_optimizer"
 QK_NORM: dict[str, Value] = {"model.config.qk_norm": True}
-MUON: dict[str, Value] = {"model.optimizer": "msign_lightning.ablations.muon.Muon"}
+MUON: dict[str, Value] = {"model.optimizer": "msign_lightning.ablations.baselines.Muon"}
+STABLE_SPAM: dict[str, Value] = {"model.optimizer": "pytorch_optimizer.StableSPAM"}
+STABLE_ADAMW: dict[str, Value] = {"model.optimizer": "pytorch_optimizer.StableAdamW"}
 CAP: dict[str, Value] = {"msign.rule": "cap"}
 
 ARMS: dict[str, Arm] = {
-    "adamw": Arm("The recipe's optimizer alone."),
+    PLAIN: Arm("The program's optimizer alone."),
     "adamw_beta95": Arm("AdamW with β₂ = 0.95.", {"model.optimizer.betas": (0.9, 0.95)}),
-    "zclip": Arm("Clipping of gradient norms by their z-score (arXiv 2504.02507).", callbacks=_zclip),
+    "zclip": Arm("Clipping of gradient norms by their z-score (arXiv 2504.02507).", {}, None, _zclip, MUON_PACKAGE),
     "qk_norm": Arm("RMS norm of queries and keys (arXiv 2302.05442).", QK_NORM),
     "scaled_embed": Arm("The embedding's output × √d (arXiv 2312.16903).", callbacks=_scaled_embed),
     "spike_no_more": Arm("Small sub-layers and scaled embedding (arXiv 2312.16903).", callbacks=_spike_no_more),
     "muon": Arm(
         "Muon for the blocks' matrices, its updates × 0.2 √max(m, n) (arXiv 2502.16982); AdamW for the rest.",
         MUON,
-        package="pytorch_optimizer",
+        package=MUON_PACKAGE,
     ),
     "stablespam": Arm(
-        "Stable-SPAM (arXiv 2502.17055) with the recipe's β and weight decay.",
-        {"model.optimizer": "pytorch_optimizer.StableSPAM"},
-        package="pytorch_optimizer",
+        "Stable-SPAM (arXiv 2502.17055) with the recipe's β and weight decay.", STABLE_SPAM, package=MUON_PACKAGE
     ),
     "stableadamw": Arm(
-        "StableAdamW (arXiv 2304.13013) with the recipe's β and weight decay.",
-        {"model.optimizer": "pytorch_optimizer.StableAdamW"},
-        package="pytorch_optimizer",
+        "StableAdamW (arXiv 2304.13013) with the recipe's β and weight decay.", STABLE_ADAMW, package=MUON_PACKAGE
     ),
-    "msign": Arm("MSign on all targets (arXiv 2602.01734).", until=1.0, callbacks=_msign),
+    "msign": Arm("MSign on all targets (arXiv 2602.01734).", {}, 1.0, _msign),
     "msign_attention": Arm("MSign on attention.", {"msign.targets": "attention"}, 1.0, _msign),
     "msign_mlp": Arm("MSign on the MLPs.", {"msign.targets": "mlp"}, 1.0, _msign),
-    "msign_first_quarter": Arm("MSign for the first quarter of the run.", until=0.25, callbacks=_msign),
-    "msign_first_half": Arm("MSign for the first half of the run.", until=0.5, callbacks=_msign),
+    "msign_first_quarter": Arm("MSign for the first quarter of the run.", {}, 0.25, _msign),
+    "msign_first_half": Arm("MSign for the first half of the run.", {}, 0.5, _msign),
     "cap": Arm("Restoration that lifts stable ranks to a random matrix's at most.", CAP, 1.0, _msign),
     "cap_first_half": Arm("The cap rule for the first half of the run.", CAP, 0.5, _msign),
     "msign_triggered": Arm(
         "MSign for matrices whose stable rank, measured every period, has fallen below 4.", {}, 1.0, _triggered
     ),
     "msign_qk_norm": Arm("MSign and QK-norm.", QK_NORM, 1.0, _msign),
-    "cap_muon": Arm("The cap rule and Muon.", {**CAP, **MUON}, 1.0, _msign, "pytorch_optimizer"),
+    "cap_muon": Arm("The cap rule and Muon.", {**CAP, **MUON}, 1.0, _msign, MUON_PACKAGE),
 }

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import logging
 import os
 import shutil
@@ -12,22 +13,23 @@ import threading
 from collections.abc import Callable
 from pathlib import Path
 from types import FrameType
-from typing import NamedTuple
+from typing import Literal, NamedTuple
 
-import yaml
 from optuna.trial import TrialState
 from tqdm import tqdm
 from tqdm.contrib.logging import logging_redirect_tqdm
 
+from msign_lightning._extras import need
 from msign_lightning.ablations.cell import Cell, Outcome
-from msign_lightning.ablations.frontier import Run
-from msign_lightning.ablations.ledger import Claim, Ledger, exists, load
-from msign_lightning.ablations.pool import Crashed, Finished, Pool, Report
-from msign_lightning.ablations.storage import StorageError, opened, reading
-from msign_lightning.ablations.study import Study, StudyError
-from msign_lightning.recipes import recipe_file
+from msign_lightning.ablations.launch import Crashed, Finished, Pool, Progress, Worker
+from msign_lightning.ablations.ledger import Claim, Ledger, changes_of, exists, find
+from msign_lightning.ablations.reader import StudyError
+from msign_lightning.ablations.results import Run
+from msign_lightning.ablations.storage import JOURNAL, StorageError, opened, reading
+from msign_lightning.ablations.study import Bisect, Study, Tpe
 
 FOLDER = Path("runs/ablations")
+OUTCOME = "outcome.json"
 RETRIES = 2  # of a cell whose training raised an exception or whose worker died
 
 _log = logging.getLogger(__name__)
@@ -45,41 +47,66 @@ class Summary(NamedTuple):
     failed: list[str]
 
 
-def run(study: Study, *, storage: str | None = None, workers: int | None = None, folder: Path = FOLDER) -> Summary:
+def run(
+    study: Study,
+    *,
+    storage: str | None = None,
+    workers: int | None = None,
+    folder: Path = FOLDER,
+    time_limit: float | None = None,
+    legs: int = 1,
+    launcher: Literal["local", "ray"] = "local",
+) -> Summary:
     """Trains the cells of a study that are not done yet, until none is left.
 
-    A cell whose worker raises an exception or dies is tried again by another, `RETRIES` times, then given up. After any
-    interruption, of a worker, of this process or of the machine, `run` goes on where it stopped. Several parents on
-    several machines may run one study in one database.
+    A cell whose worker raises an exception, dies or hangs is tried again by another, `RETRIES` times, then given up.
+    After any interruption, of a worker, of this process or of the machine, `run` goes on where it stopped. Several
+    parents on several machines may run one study in one database.
 
     Args:
         study: What to run.
         storage: URL of a database, or path of an Optuna journal file; None for a journal in the study's folder.
-        workers: How many cells are trained at once, each on one thread and, unless the recipe trains on the CPU, one of
-            the GPUs; None for as many as there are GPUs, or else cores.
+        workers: How many cells are trained at once, each on one thread and, unless the program trains on the CPU, one
+            of the GPUs; None for as many as there are GPUs, or else cores, on this machine or in the cluster.
         folder: Where the study's folder goes, with the journal and the cells' logs.
+        time_limit: Seconds that a cell may take; None for no limit.
+        legs: As of `program.run_cell`: a cell that is tried again goes on where its last leg ended.
+        launcher: Where cells are trained: "local", or "ray" for a Ray cluster, all of whose nodes share the folder.
 
     Raises:
-        ValueError: The number of workers is not positive.
-        StudyError: The study was started with other content, or its recipe fails at start.
+        ValueError: The number of workers or legs, or the time limit is not positive.
+        StudyError: The study was started with other content, or does not fit its program.
         StorageError: The storage or the folder can't be used, or no longer. What was finished is kept.
         KeyboardInterrupt: It was interrupted or terminated. What was finished is kept, what was not is trained again.
     """
     gpus = _gpus() if _may_use_gpu(study) else []
-    workers = workers if workers is not None else len(gpus) or len(os.sched_getaffinity(0))
+    worker: type[Worker] = Worker
+    if launcher == "ray":
+        need("ray", "ray")
+        from msign_lightning.ablations import cluster
+
+        worker, workers = cluster.RayWorker, workers or cluster.cores()
+    workers = workers if workers is not None else len(gpus) or cores()
     if workers < 1:
         raise ValueError(f"workers must be a positive integer, got {workers}")
+    if legs < 1:
+        raise ValueError(f"legs must be a positive integer, got {legs}")
+    if time_limit is not None and not time_limit > 0:
+        raise ValueError(f"time_limit must be positive, got {time_limit}")
     place = folder / study.name
     _check_writable(place)
     with opened(storage, place) as (backend, alone), _Interrupt() as interrupt:
         exists(study, backend)
         ledger: Ledger | None = None
         try:
-            with Pool(study, place, workers, gpus) as pool:
-                _check_recipe(study, pool, interrupt)
+            with Pool(study, place, workers, gpus, time_limit, legs, worker) as pool:
+                _log.info("study %s: %d workers start, which takes some seconds", study.name, workers)
+                _check_program(study, pool, interrupt)
                 ledger = Ledger(study, backend, alone=alone)
+                for cell, outcome in _by_themselves(study, place).items():
+                    ledger.adopt(cell, outcome)
                 _train(ledger, pool, interrupt, study)
-        except (KeyboardInterrupt, _OutOfSpaceError) as error:
+        except (KeyboardInterrupt, StudyError, _OutOfSpaceError) as error:
             if ledger is not None:
                 ledger.release()
             if isinstance(error, _OutOfSpaceError):
@@ -89,6 +116,58 @@ def run(study: Study, *, storage: str | None = None, workers: int | None = None,
         return Summary(ledger.done, ledger.failed)
 
 
+def run_alone(study: Study, key: str, *, folder: Path = FOLDER, legs: int = 1) -> Outcome:
+    """Trains one cell of a grid in this process and writes its outcome to its folder, for `run` and `results` to find.
+
+    Args:
+        study: The cell's study.
+        key: The cell's key, or its number among the study's cells, counted from 0, as job arrays do.
+        folder: As of `run`.
+        legs: As of `run`.
+
+    Raises:
+        StudyError: The study has no such cell, or does not fit its program.
+        StorageError: The folder can't be written to.
+    """
+    os.environ["OMP_NUM_THREADS"] = "1"  # before PyTorch is imported, as for a worker
+    from msign_lightning.ablations.program import run_cell
+
+    cells = list(study.cells.values())
+    if key not in study.cells and not (key.isdecimal() and int(key) < len(cells)):
+        rule = f"cell must be the key of a cell of grid {study.name}, or a number below {len(cells)}"
+        raise StudyError(f"{rule}, got {key!r}")
+    cell = study.cells[key] if key in study.cells else cells[int(key)]
+    place = folder / study.name
+    _check_writable(place / cell.folder)
+    try:
+        outcome = run_cell(study, cell, place, legs=legs)
+    except (ValueError, ImportError) as error:
+        raise StudyError(f"{cell.label}: {error}") from error
+    assert outcome is not None  # nothing prunes it
+    found = {"cell": cell.as_dict(), "outcome": outcome.as_dict(), "fingerprint": study.fingerprint()}
+    unfinished = place / cell.folder / f"{OUTCOME}.part"
+    unfinished.write_text(json.dumps(found), encoding="utf-8")
+    unfinished.rename(place / cell.folder / OUTCOME)
+    return outcome
+
+
+def _by_themselves(study: Study, place: Path) -> dict[Cell, Outcome]:
+    """What cells gave that were trained by themselves."""
+    found = {}
+    for file in sorted(place.glob(f"*/{OUTCOME}")):
+        try:
+            content = json.loads(file.read_text(encoding="utf-8"))
+            cell, outcome = Cell.from_dict(content["cell"]), Outcome.from_dict(content["outcome"])
+        except (ValueError, KeyError, TypeError) as error:
+            _log.warning("%s is left out, since it holds no outcome: %r", file, error)
+            continue
+        if changed := changes_of(study, content["fingerprint"]):
+            _log.warning("%s is left out, since the study was another: %s", file, "; ".join(changed))
+        elif study.holds(cell):
+            found[cell] = outcome
+    return found
+
+
 def results(study: Study, *, storage: str | None = None, folder: Path = FOLDER) -> list[Run]:
     """The cells of a study that have been trained to the end or diverged, each once, in the order of their start.
 
@@ -96,15 +175,16 @@ def results(study: Study, *, storage: str | None = None, folder: Path = FOLDER) 
         StudyError: The study has not been started, or with other content.
         StorageError: The storage can't be reached.
     """
-    with reading(storage, folder / study.name) as backend:
-        trials = load(study, backend).get_trials(deepcopy=False, states=(TrialState.COMPLETE,))
-    runs: dict[str, Run] = {}
-    for trial in trials:
-        if "outcome" in trial.user_attrs:
-            outcome = Outcome.from_dict(trial.user_attrs["outcome"])
-            cell = Cell.from_dict(trial.user_attrs["cell_spec"])
-            runs.setdefault(cell.key, Run(cell, outcome, study.criterion.is_stable(outcome)))
-    return list(runs.values())
+    outcomes = _by_themselves(study, folder / study.name)
+    if not (outcomes and storage is None and not (folder / study.name / JOURNAL).exists()):
+        with reading(storage, folder / study.name) as backend:
+            trials = find(study, backend).get_trials(deepcopy=False, states=(TrialState.COMPLETE,))
+        in_storage: dict[Cell, Outcome] = {}
+        for trial in trials:
+            if "outcome" in trial.user_attrs and study.holds(cell := Cell.from_dict(trial.user_attrs["cell_spec"])):
+                in_storage.setdefault(cell, Outcome.from_dict(trial.user_attrs["outcome"]))
+        outcomes = {**in_storage, **{cell: o for cell, o in outcomes.items() if cell not in in_storage}}
+    return [Run(cell, outcome, study.stability.is_stable(outcome)) for cell, outcome in outcomes.items()]
 
 
 class _OutOfSpaceError(Exception):
@@ -138,15 +218,20 @@ class _Interrupt:
             raise KeyboardInterrupt
 
 
-def _check_recipe(study: Study, pool: Pool, interrupt: _Interrupt) -> None:
-    """Lets one worker build the recipe of every arm, while the others import what they need."""
+def _check_program(study: Study, pool: Pool, interrupt: _Interrupt) -> None:
+    """Lets one worker build the program of every arm, while the others import what they need."""
     pool.start(0, None)
     pool.warm_up()
+    failures = 0
     while pool.busy:
         interrupt.check()
         for _, message in pool.wait(1.0):
             if isinstance(message, Crashed):
-                raise StudyError(f"recipe {study.recipe} fails at start: {message.error}")
+                failures += 1
+                if message.fatal is not None or failures > RETRIES:
+                    raise StudyError(f"program {study.program} fails at start: {message.error}")
+                _log.warning("the start is tried again: %s", message.error.strip().splitlines()[-1])
+                pool.start(0, None)
 
 
 def _train(ledger: Ledger, pool: Pool, interrupt: _Interrupt, study: Study) -> None:
@@ -170,8 +255,8 @@ def _train(ledger: Ledger, pool: Pool, interrupt: _Interrupt, study: Study) -> N
             for place, message in pool.wait(1.0):
                 claim = claims[place]
                 match message:
-                    case Report(step, loss):
-                        prune = ledger.report(claim, step, loss)
+                    case Progress(step, loss):
+                        prune = ledger.progress(claim, step, loss)
                         if study.prune:
                             pool.answer(place, prune)
                     case Finished(outcome):
@@ -179,8 +264,10 @@ def _train(ledger: Ledger, pool: Pool, interrupt: _Interrupt, study: Study) -> N
                         bar.n = ledger.done
                         _log.info("%s: %s", claim.cell.label, _describe(outcome))
                     case Crashed(error, fatal):
-                        if fatal:
+                        if fatal == "disk":
                             raise _OutOfSpaceError(error)
+                        if fatal == "study":
+                            raise StudyError(error)
                         claim.failures += 1
                         if claim.failures <= RETRIES:
                             again.append(claim)
@@ -209,9 +296,14 @@ def _check_writable(folder: Path) -> None:
 
 
 def _may_use_gpu(study: Study) -> bool:
-    recipe = yaml.safe_load(recipe_file(study.recipe).read_text())
-    usual = recipe.get("trainer", {}).get("accelerator")
+    trainer = (study.fingerprint()["program"]["file"] or {}).get("trainer") or {}
+    usual = trainer.get("accelerator") if isinstance(trainer, dict) else None
     return bool(study.settings.get("trainer.accelerator", usual) != "cpu")
+
+
+def cores() -> int:
+    """How many cores this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 def _gpus() -> list[str]:
@@ -223,3 +315,30 @@ def _gpus() -> list[str]:
         return []
     listed = subprocess.run(["nvidia-smi", "--list-gpus"], capture_output=True, text=True, check=False).stdout
     return [str(n) for n, _ in enumerate(line for line in listed.splitlines() if line.startswith("GPU "))]
+
+
+def plan(study: Study, *, storage: str | None = None, folder: Path = FOLDER) -> str:
+    """What `run` would do, in lines for people: each cell of a grid with its number and key, or how many runs at most.
+
+    The estimate of time is that of one worker, from the runs that are done; without any there is none.
+    """
+    try:
+        runs = results(study, storage=storage, folder=folder)
+    except (StorageError, StudyError):
+        runs = []
+    done = {run.cell.key for run in runs}
+    sampler = study.sampler
+    lines = []
+    for number, (key, cell) in enumerate(study.cells.items()):
+        lines.append(f"{number:4d}  {key}  {cell.label}{'  done' if key in done else ''}")
+    if isinstance(sampler, Bisect):
+        lines += [f"      {group.label}, seed {seed}" for seed in study.seeds for group in study.groups]
+        left = len(study.groups) * len(study.seeds) * sampler.runs - len(runs)
+    else:
+        left = (sampler.trials if isinstance(sampler, Tpe) else len(study.cells)) - len(runs)
+    most = "at most " if isinstance(sampler, Bisect) else ""
+    lines.append(f"study {study.name}: {len(runs)} runs of {study.steps} steps done, {most}{left} to do")
+    if runs:
+        seconds = left * sum(run.outcome.seconds for run in runs) / len(runs)
+        lines.append(f"about {seconds / 60:.1f} minutes of training with one worker")
+    return "\n".join(lines)

@@ -1,43 +1,31 @@
-"""An Optuna sampler that bisects one parameter: up to which learning rate is training stable?
+"""Up to which learning rate is training stable? Bisection, as a function and as an Optuna sampler.
 
-For a setting of all other parameters, called a cell, the sampler looks for the place where runs turn from stable to
+For a setting of all other parameters, called a cell, the search looks for the place where runs turn from stable to
 unstable: in at most six runs for 0.1 decades, where a grid over three decades needs 31. What to run next follows from
-the trials alone, by `next_probes`.
+the runs alone, by `next_probe`.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Hashable, Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from contextlib import suppress
 from decimal import Decimal
 from enum import IntEnum
 from itertools import accumulate, pairwise
-from statistics import median
 from typing import Any, NamedTuple
 
-import numpy as np
 import optuna
 from optuna.distributions import BaseDistribution, CategoricalDistribution, FloatDistribution, IntDistribution
 from optuna.samplers import BaseSampler
 from optuna.study import Study
 from optuna.trial import FrozenTrial, TrialState
 
-_log = optuna.logging.get_logger(__name__)
-
 FINE = 1 + 1e-9  # width of a bracket that is resolved, in units of the resolution
 
 
 class Interval(NamedTuple):
-    """Where, how finely and with how many runs a cell's boundary is looked for.
-
-    Attributes:
-        low: Lowest value to try.
-        high: Highest value to try.
-        log: Whether its logarithm is bisected.
-        resolution: Width of a bracket that is fine enough: in decades if `log`, else in units of the value.
-        runs: No more runs than this in one cell.
-    """
+    """Where, how finely and with how many runs a cell's boundary is looked for; `resolution` is in decades if `log`."""
 
     low: float
     high: float
@@ -69,25 +57,21 @@ class Probe(NamedTuple):
     stable: bool | None
 
 
-class SearchedCell(NamedTuple):
-    """One setting of all other parameters: those, where to look, and the runs so far, running ones included."""
+class Urgency(IntEnum):
+    """What a cell needs, the most urgent first."""
 
-    params: Mapping[str, Hashable]
-    interval: Interval
-    probes: Sequence[Probe] = ()
+    BEGUN = 0  # a run
+    NEW = 1  # its first run
+    RUNNING = 2  # a run, but one is running
+    SPECULATIVE = 3  # perhaps a run: the outcome of a running one may make it worthless
+    DONE = 4
 
 
 class Proposal(NamedTuple):
-    """What to run next in a cell.
+    """What to run next in a cell: the parameter's value, None if nothing is left to find out; and how urgently."""
 
-    Attributes:
-        value: The parameter's value.
-        speculative: Whether the outcome of a running probe can make this one worthless, so that it is better to run
-            another cell, or to wait.
-    """
-
-    value: float
-    speculative: bool
+    value: float | None
+    urgency: Urgency
 
 
 def bracket(probes: Iterable[tuple[float, bool]]) -> tuple[float, float]:
@@ -110,89 +94,39 @@ def bracket(probes: Iterable[tuple[float, bool]]) -> tuple[float, float]:
     return [-math.inf, *values][best[0]], [*values, math.inf][best[-1]]
 
 
-def next_probes(cells: Sequence[SearchedCell], replicate: str = "seed") -> list[Proposal | None]:
-    """What to run next in each cell; None where nothing is left to find out.
+def next_probe(interval: Interval, probes: Sequence[Probe]) -> Proposal:
+    """What to run next in a cell, by bisection.
 
-    A cell's first probe lies at the boundary of the neighbouring cells that are resolved: of those that differ only in
-    `replicate`, else of those that differ in one more parameter; their median, if they are several. From there it
-    gallops away in doubling steps, always within what lets a bisection reach the resolution with the runs that are
-    left. Without neighbours it bisects. Both ends belong to what is tried: "stable everywhere" is known after a stable
-    run at `high`. Once the bracket is as narrow as the resolution, runs that are left look for surprises away from the
-    boundary, in the middle of a half of the interval or more in which nothing has been tried. That finds islands, not
-    a ragged edge, which shows in the spread over `replicate`.
+    Both ends belong to what is tried: "stable everywhere" is known after a stable run at `high`. Once the bracket is as
+    narrow as the resolution, runs that are left look for surprises away from the boundary, in the middle of a half of
+    the interval or more in which nothing has been tried. That finds islands, not a ragged edge, which shows in the
+    spread over seeds. A probe beside a running one takes the upper part of the bracket: it narrows the bracket
+    further, or checks that nothing above it is stable.
 
-    A probe beside a running one takes the upper part of the bracket: it narrows the bracket further, or checks that
-    nothing above it is stable.
-
-    Args:
-        cells: All cells, finished ones included.
-        replicate: The parameter whose values are repetitions of one setting.
-
-    Returns:
-        A proposal or None for each cell, in their order. If a cell is only proposed one probe at a time, and runs turn
-        from stable to unstable once, `runs` suffice for the resolution up to an interval of 2^runs - 2 resolutions.
+    If runs turn from stable to unstable once, and are proposed one at a time, `runs` suffice for the resolution up to
+    an interval of 2^runs - 2 resolutions.
     """
-    boundaries = [_boundary(cell) for cell in cells]
-    proposals = []
-    for cell in cells:
-        near: dict[int, list[float]] = {}
-        for other, boundary in zip(cells, boundaries, strict=True):
-            if boundary is not None and other is not cell and other.interval.log == cell.interval.log:
-                near.setdefault(_distance(cell.params, other.params, replicate), []).append(boundary)
-        found = near.get(0) or near.get(1)
-        guess = median(map(cell.interval.units, found)) if found else None
-        proposals.append(_next_probe(cell, guess))
-    return proposals
-
-
-def _distance(a: Mapping[str, Hashable], b: Mapping[str, Hashable], replicate: str) -> int:
-    """In how many of the parameters that both have, but `replicate`, two cells differ."""
-    return sum(a[name] != b[name] for name in a.keys() & b.keys() if name != replicate)
-
-
-def _bounds(cell: SearchedCell) -> tuple[float, float]:
-    """The bracket in units of the resolution. One unit is added at both ends, for boundaries beyond them."""
-    units = cell.interval.units
-    low, high = bracket((units(value), stable) for value, stable in cell.probes if stable is not None)
-    return max(low, -1.0), min(high, cell.interval.width + 1)
-
-
-def _is_resolved(low: float, high: float, width: float) -> bool:
-    return high - low <= FINE or low >= width or high <= 0
-
-
-def _boundary(cell: SearchedCell) -> float | None:
-    """The value in the middle of the bracket, if that is resolved."""
-    low, high = _bounds(cell)
-    return cell.interval.value((low + high) / 2) if _is_resolved(low, high, cell.interval.width) else None
-
-
-def _next_probe(cell: SearchedCell, guess: float | None) -> Proposal | None:
-    """What to run next in a cell whose boundary may be at `guess`, in its units of the resolution."""
-    interval = cell.interval
     width = interval.width
-    left = interval.runs - len(cell.probes)
+    left = interval.runs - len(probes)
     if left <= 0:
-        return None
-    low, high = _bounds(cell)
-    tried = _tried(cell)
+        return Proposal(None, Urgency.DONE)
+    is_running = any(probe.stable is None for probe in probes)
+    urgency = Urgency.RUNNING if is_running else Urgency.BEGUN if probes else Urgency.NEW
+    low, high = bracket((interval.units(value), stable) for value, stable in probes if stable is not None)
+    low, high = max(low, -1.0), min(high, width + 1)  # one unit more at both ends, for boundaries beyond them
+    tried = sorted([0, *(min(max(interval.units(value), 0), width) for value, _ in probes), width])
     inside = [x for x in tried[1:-1] if low < x < high]
     gap, middle = _widest_gap([low, *inside, high])
-    if _is_resolved(low, high, width) or gap <= FINE:
+    if high - low <= FINE or low >= width or high <= 0 or gap <= FINE:
         gap, middle = _widest_gap(tried)
-        return Proposal(interval.value(middle), False) if gap > 0 and 2 * gap >= width - 1e-9 else None
-    if not inside:
-        return Proposal(interval.value(_bisect(low, high, left, guess)), False)
-    middle = min(max(middle, 0), width)
-    gap, _ = _widest_gap(sorted([low, *inside, middle, high]))
-    is_running = any(low < interval.units(value) < high for value, stable in cell.probes if stable is None)
-    return Proposal(interval.value(middle), is_running and gap > 2 ** (left - 1))
-
-
-def _tried(cell: SearchedCell) -> list[float]:
-    """The ends of the interval and all probes between, in units of the resolution."""
-    width = cell.interval.width
-    return sorted([0, *(min(max(cell.interval.units(value), 0), width) for value, _ in cell.probes), width])
+        if gap <= 0 or 2 * gap < width - 1e-9:
+            return Proposal(None, Urgency.DONE)
+    elif inside:
+        middle = min(max(middle, 0), width)
+        gap, _ = _widest_gap(sorted([low, *inside, middle, high]))
+        if gap > 2 ** (left - 1):
+            urgency = Urgency.SPECULATIVE
+    return Proposal(interval.value(middle), urgency)
 
 
 def _widest_gap(points: Sequence[float]) -> tuple[float, float]:
@@ -200,52 +134,90 @@ def _widest_gap(points: Sequence[float]) -> tuple[float, float]:
     return max((round(b - a, 9), (a + b) / 2) for a, b in pairwise(points))
 
 
-def _bisect(low: float, high: float, left: int, guess: float | None) -> float:
-    """Where to probe an empty bracket with `left` runs, near `guess` if that doesn't cost the resolution."""
-    middle = (low + high) / 2
-    if guess is None or high - low <= 2:
-        return middle
-    if low + 1 <= guess <= high - 1:
-        wish = guess
-    elif guess < low + 1:
-        wish = min(low + 2 * max(1, low - guess), middle)
-    else:
-        wish = max(high - 2 * max(1, guess - high), middle)
-    reach = 2.0 ** (left - 1)  # what the runs after this one can bisect
-    return middle if high - low > 2 * reach else min(max(wish, high - reach), low + reach)
+class Found(NamedTuple):
+    """What a search found in one cell.
+
+    Attributes:
+        params: The cell: all other parameters.
+        low: Highest value at which a run was stable; -inf if none was. See `bracket` where the runs are not monotone.
+        high: Lowest value at which one was unstable; inf if none was.
+        monotone: Whether no stable run is above an unstable one.
+        runs: Number of runs.
+    """
+
+    params: Mapping[str, Any]
+    low: float
+    high: float
+    monotone: bool
+    runs: int
 
 
-class _Urgency(IntEnum):
-    """What a cell needs, the most urgent first."""
+def frontier_of(study: Study, param: str = "lr") -> list[Found]:
+    """Up to which value of a parameter the trials of an Optuna study are feasible, for each setting of the others.
 
-    BEGUN = 0  # a run
-    NEW = 1  # its first run
-    RUNNING = 2  # a run, but one is running
-    SPECULATIVE = 3  # perhaps a run, depending on one that is running
-    DONE = 4
+    Args:
+        study: Its trials have constraints; which sampler chose them does not matter.
+        param: Name of the parameter.
+
+    Raises:
+        ValueError: No trial has the parameter and a constraint.
+    """
+    cells: dict[tuple[tuple[str, Any], ...], list[tuple[float, bool]]] = {}
+    for trial in study.get_trials(deepcopy=False):
+        if param in trial.params and trial.constraints and trial.state.is_finished():
+            others = tuple((name, value) for name, value in trial.params.items() if name != param)
+            cells.setdefault(others, []).append((trial.params[param], max(trial.constraints.values()) <= 0))
+    if not cells:
+        raise ValueError(f"study must hold finished trials with {param} and a constraint, got none")
+    found = []
+    for others, probes in cells.items():
+        stable = max((value for value, stable in probes if stable), default=-math.inf)
+        unstable = min((value for value, stable in probes if not stable), default=math.inf)
+        found.append(Found(dict(others), *bracket(probes), stable < unstable, len(probes)))
+    return found
 
 
-_Key = tuple[tuple[str, float], ...]
+class _Node:
+    """A parameter that trials suggest next after the same values; or at the end, a cell with its probes."""
 
+    def __init__(self) -> None:
+        self.name: str | None = None
+        self.distribution: BaseDistribution | None = None
+        self.children: dict[float, _Node] = {}
+        self.interval: Interval | None = None
+        self.probes: dict[int, Probe] = {}  # by number of trial
+        self.failures = 0
+        self.is_ruled_out = False
+        self._known: Proposal | None = None
+        self._values: Sequence[float] = ()
 
-class _Step(NamedTuple):
-    name: str
-    distribution: BaseDistribution
-    value: float  # in Optuna's internal form
+    def take(self, name: str, distribution: BaseDistribution) -> Sequence[float]:
+        """What is suggested here, unless that is known; its values in Optuna's internal form."""
+        if self.name is None:
+            self.name, self.distribution, self._values = name, distribution, _values(name, distribution)
+        return self._values
 
+    def values(self, fixed: Mapping[str, Any]) -> Sequence[float]:
+        """The values that agree with fixed ones."""
+        assert self.distribution is not None
+        assert self.name is not None
+        return [self.distribution.to_internal_repr(fixed[self.name])] if self.name in fixed else self._values
 
-class _Path(NamedTuple):
-    """What a trial has suggested: its cell in the order of suggestion, then, unless that isn't known yet, its probe."""
+    def add(self, number: int, probe: Probe, interval: Interval) -> None:
+        self.interval, self._known = interval, None
+        self.probes[number] = probe
 
-    number: int
-    steps: tuple[_Step, ...]
-    interval: Interval | None
-    probe: Probe | None
-    is_running: bool
+    def drop(self, number: int) -> None:
+        self._known = None
+        self.probes.pop(number, None)
 
-    @property
-    def key(self) -> _Key:
-        return tuple((step.name, step.value) for step in self.steps)
+    def proposal(self) -> Proposal:
+        assert self.interval is not None
+        if self.failures >= self.interval.runs:
+            return Proposal(None, Urgency.DONE)
+        if self._known is None:
+            self._known = next_probe(self.interval, list(self.probes.values()))
+        return self._known
 
 
 class FrontierSampler(BaseSampler):
@@ -254,12 +226,11 @@ class FrontierSampler(BaseSampler):
     Each setting is a cell. The bounds and the scale come from `suggest_float(param, low, high, log=...)`. The other
     parameters must have finitely many values, and must be suggested before; which ones there are may depend on others'
     values. The sampler chooses them so that cells that have begun are finished first, each by one worker at a time
-    while there are others, and calls `study.stop` after the last one. How a cell is searched: `next_probes`.
+    while there are others, and calls `study.stop` after the last one. How a cell is searched: `next_probe`.
 
     A trial is feasible if all of its constraints are at most zero. Every trial must have one:
 
-        sampler = FrontierSampler("lr", seed=0)
-        study = optuna.create_study(sampler=sampler)
+        study = optuna.create_study(sampler=FrontierSampler("lr"))
 
         def objective(trial):
             period = trial.suggest_categorical("period", [10, 100])
@@ -270,52 +241,42 @@ class FrontierSampler(BaseSampler):
             return loss
 
         study.optimize(objective)
+        frontier_of(study)
 
-    The state is in the trials alone, so that a study can be resumed, and shared by processes, which may now and then
-    choose the same probe if they ask at the same moment. Workers beyond the number of unfinished cells speculate, which
-    can cost their last cells some resolution. Failed trials count if they have said whether they are feasible, as one
-    does that diverged and returns NaN, which Optuna takes for a failure; others are asked for again. Running ones
-    count: those of a dead process should be told to have failed. Enqueued values are respected and count as probes.
-
-    With `study.ask`, check `is_exhausted` and `must_wait` before. Asked nevertheless, the sampler adds probes where it
-    knows least.
+    The state is in the trials alone, so that a study can be resumed, and shared by threads and processes, which may now
+    and then choose the same probe if they ask at the same moment. Failed trials count if they have said whether they
+    are feasible, as one does that diverged and returns NaN, which Optuna takes for a failure; others are asked for
+    again, up to `runs` times in a cell, which is then given up. Running ones count: those of a dead process should be
+    told to have failed. Enqueued values are respected and count, and so are values that a `PartialFixedSampler` fixes.
+    A trial that is asked for when nothing is left is pruned.
 
     Args:
         param: Name of the parameter.
         resolution: Width of a bracket that is fine enough: in decades if the parameter is on a logarithmic scale, else
             in its own units.
         runs: No more runs than this in one cell.
-        replicate: The parameter whose values are repetitions of one setting, so that its cells are the nearest.
-        seed: Seed of the choice between cells that are equally urgent.
 
     Raises:
         ValueError: A value is out of its range.
     """
 
-    def __init__(
-        self,
-        param: str,
-        resolution: float = 0.1,
-        *,
-        runs: int = 6,
-        replicate: str = "seed",
-        seed: int | None = None,
-    ) -> None:
+    def __init__(self, param: str, resolution: float = 0.1, *, runs: int = 6) -> None:
         if not 0 < resolution < math.inf:
             raise ValueError(f"resolution must be positive and finite, got {resolution}")
         if runs < 1:
             raise ValueError(f"runs must be at least 1, got {runs}")
-        if replicate == param:
-            raise ValueError(f"replicate must be another parameter than param, got {replicate!r} for both")
         self._param = param
         self._resolution = resolution
         self._runs = runs
-        self._replicate = replicate
-        self._rng = np.random.default_rng(seed)
+        self._forget()
 
-    def reseed_rng(self) -> None:
-        """Reseeds the choice between cells that are equally urgent."""
-        self._rng = np.random.default_rng()
+    def _forget(self, first: object = None) -> None:
+        self._first = first  # which tells studies apart
+        self._root = _Node()
+        self._absorbed = 0  # trials below this number are in the tree for good
+        self._ahead: set[int] = set()  # those that are finished
+        self._asked: dict[int, set[str]] = {}  # by running trial: what was asked for here
+        self._fixed: set[str] = set()  # what others choose
 
     def infer_relative_search_space(self, study: Study, trial: FrozenTrial) -> dict[str, BaseDistribution]:
         """Empty: parameters are suggested one after the other."""
@@ -335,36 +296,30 @@ class FrontierSampler(BaseSampler):
         Raises:
             ValueError: The sampler's parameter is no float or was suggested before this one, or this one's values
                 can't be counted.
+            TrialPruned: Nothing is left to find out.
         """
-        key = self._path(trial).key
-        paths = [path for path in self._paths(study) if path.number != trial.number]
+        running = self._absorb(study, besides=trial.number)
+        self._asked.setdefault(trial.number, set()).add(param_name)
+        node = self._follow(trial)
         if param_name == self._param:
-            return self._next_value(key, paths, param_distribution)
+            return self._next_value(node, param_distribution)
         if self._param in trial.params:
             raise ValueError(f"{self._param} must be suggested after all other parameters, got {param_name} after it")
+        self._fixed.discard(param_name)
         fixed = trial.system_attrs.get("fixed_params", {})
-        values = _values(param_name, param_distribution)
-        urgencies = [_urgency(paths, (*key, (param_name, value)), fixed) for value in values]
-        most = [value for value, urgency in zip(values, urgencies, strict=True) if urgency == min(urgencies)]
-        return param_distribution.to_external_repr(self._rng.choice(most).item())
+        values = node.take(param_name, param_distribution)
+        urgencies = [self._urgency(node.children.get(value), running, fixed) for value in values]
+        return param_distribution.to_external_repr(values[urgencies.index(min(urgencies))])
 
-    def _next_value(self, key: _Key, paths: Sequence[_Path], distribution: BaseDistribution) -> float:
-        if not isinstance(distribution, FloatDistribution) or distribution.step is not None:
-            raise ValueError(f"{self._param} must be suggested as a float without step, got {distribution}")
+    def _next_value(self, node: _Node, distribution: BaseDistribution) -> float:
         interval = self._interval(distribution)
         if interval.width < 1:
             raise ValueError(f"resolution must not exceed the interval of {self._param}, got {self._resolution}")
-        probed: dict[_Key, list[_Path]] = {}
-        for path in paths:
-            if path.probe is not None:
-                probed.setdefault(path.key, []).append(path)
-        own = SearchedCell(dict(key), interval, _probes(probed.pop(key, [])))
-        others = [SearchedCell(dict(k), p[-1].interval, _probes(p)) for k, p in probed.items() if p[-1].interval]
-        proposal = next_probes([own, *others], self._replicate)[0]
-        if proposal is not None:
-            return proposal.value
-        _log.warning("FrontierSampler has found out all about this cell, and adds a run where the cell has none.")
-        return interval.value(_widest_gap(_tried(own))[1])
+        node.interval = node.interval or interval
+        value = node.proposal().value
+        if value is None:
+            raise optuna.TrialPruned("nothing is left to find out in this cell")
+        return value
 
     def after_trial(self, study: Study, trial: FrozenTrial, state: TrialState, values: Sequence[float] | None) -> None:
         """Stops the study if nothing is left.
@@ -372,12 +327,21 @@ class FrontierSampler(BaseSampler):
         Raises:
             ValueError: The trial has no constraint.
         """
-        if state != TrialState.FAIL and self._param in trial.params and not trial.constraints:
-            raise ValueError(f"trials must say by set_constraint whether they are stable, got none in {trial.number}")
-        paths = [path for path in self._paths(study) if path.number != trial.number]
-        if state != TrialState.FAIL or trial.constraints:
-            paths.append(self._path(trial)._replace(is_running=False))
-        if self._is_exhausted(study, paths):
+        running = self._absorb(study, besides=trial.number)
+        node = self._follow(trial)
+        enqueued = trial.system_attrs.get("fixed_params", {})
+        self._fixed |= trial.params.keys() - self._asked.pop(trial.number, trial.params.keys()) - set(enqueued)
+        if self._param in trial.params:
+            if trial.constraints:
+                node.add(trial.number, self._probe(trial), self._interval(trial.distributions[self._param]))
+            elif state == TrialState.FAIL:
+                node.failures += 1
+            else:
+                rule = "trials must say by set_constraint whether they are stable"
+                raise ValueError(f"{rule}, got none in {trial.number}")
+        elif state != TrialState.FAIL:
+            node.is_ruled_out = True
+        if self._is_exhausted(study, running):
             with suppress(RuntimeError):  # ask and tell, which has no loop to stop
                 study.stop()
 
@@ -386,65 +350,75 @@ class FrontierSampler(BaseSampler):
 
         What still runs may change that: it may fail, or show that a cell is not monotone.
         """
-        return self._is_exhausted(study, self._paths(study))
+        return self._is_exhausted(study, self._absorb(study))
 
-    def must_wait(self, study: Study) -> bool:
-        """Whether all that could be asked for now might turn out worthless, depending on what runs: better wait."""
-        return _urgency(self._paths(study), (), {}) == _Urgency.SPECULATIVE
-
-    def _is_exhausted(self, study: Study, paths: Sequence[_Path]) -> bool:
-        if _urgency(paths, (), {}) != _Urgency.DONE:
+    def _is_exhausted(self, study: Study, running: set[int]) -> bool:
+        if self._urgency(self._root, running, {}) < Urgency.DONE:
             return False
         return not study.get_trials(deepcopy=False, states=(TrialState.WAITING,))
 
-    def _paths(self, study: Study) -> list[_Path]:
-        """Of all trials but waiting ones, and finished ones that don't say whether they are stable."""
+    def _absorb(self, study: Study, besides: int = -1) -> set[int]:
+        """Takes in what is new since the last call; returns the nodes, by id, under which a trial runs."""
         trials = study.get_trials(deepcopy=False)
-        counted = [t for t in trials if t.state != TrialState.WAITING and (t.state != TrialState.FAIL or t.constraints)]
-        paths = [self._path(trial) for trial in counted]
-        return [p for p in paths if p.is_running or p.probe is None or p.probe.stable is not None]
+        first = trials and (study.study_name, trials[0].datetime_start or trials[0].datetime_complete)
+        if first != self._first:
+            asked = self._asked
+            self._forget(first)
+            self._asked = asked
+        running = set()
+        for trial in trials[self._absorbed :]:
+            if trial.number in self._ahead or trial.state == TrialState.WAITING or trial.number == besides:
+                continue
+            node = self._follow(trial)
+            is_running = not trial.state.is_finished()
+            if is_running:
+                running.add(id(node))
+            if self._param in trial.params and (is_running or trial.constraints):
+                node.add(trial.number, self._probe(trial), self._interval(trial.distributions[self._param]))
+            elif trial.state == TrialState.FAIL:
+                node.drop(trial.number)
+            elif not is_running and self._param not in trial.params:
+                node.is_ruled_out = True
+            if not is_running:
+                self._ahead.add(trial.number)
+        absorbed = self._absorbed
+        while absorbed in self._ahead:
+            absorbed += 1
+        self._absorbed = absorbed  # at once: threads may be here together
+        return running
 
-    def _path(self, trial: FrozenTrial) -> _Path:
-        steps = []
-        interval = probe = None
+    def _follow(self, trial: FrozenTrial) -> _Node:
+        """The node that a trial has come to."""
+        node = self._root
         for name, distribution in trial.distributions.items():
             if name == self._param:
-                assert isinstance(distribution, FloatDistribution)
-                interval = self._interval(distribution)
-                constraints = trial.constraints.values()
-                probe = Probe(trial.params[name], max(constraints) <= 0 if constraints else None)
                 break
-            steps.append(_Step(name, distribution, distribution.to_internal_repr(trial.params[name])))
-        return _Path(trial.number, tuple(steps), interval, probe, not trial.state.is_finished())
+            node.take(name, distribution)
+            node = node.children.setdefault(distribution.to_internal_repr(trial.params[name]), _Node())
+        return node
 
-    def _interval(self, distribution: FloatDistribution) -> Interval:
+    def _probe(self, trial: FrozenTrial) -> Probe:
+        constraints = trial.constraints.values()
+        return Probe(trial.params[self._param], max(constraints) <= 0 if constraints else None)
+
+    def _interval(self, distribution: BaseDistribution) -> Interval:
+        if not isinstance(distribution, FloatDistribution) or distribution.step is not None:
+            raise ValueError(f"{self._param} must be suggested as a float without step, got {distribution}")
         return Interval(distribution.low, distribution.high, distribution.log, self._resolution, self._runs)
 
-
-def _urgency(paths: Sequence[_Path], key: _Key, fixed: Mapping[str, Any]) -> _Urgency:
-    """That of the most urgent cell that begins with a key and agrees with the fixed parameters."""
-    paths = [path for path in paths if path.key[: len(key)] == key]
-    longer = [path for path in paths if len(path.steps) > len(key)]
-    if longer:
-        name, distribution, _ = longer[-1].steps[len(key)]
-        values = [distribution.to_internal_repr(fixed[name])] if name in fixed else _values(name, distribution)
-        return min(_urgency(longer, (*key, (name, value)), fixed) for value in values)
-    if not paths:
-        return _Urgency.NEW
-    is_running = any(path.is_running for path in paths)
-    intervals = [path.interval for path in paths if path.interval is not None]
-    if not intervals:
-        return _Urgency.RUNNING if is_running else _Urgency.DONE
-    proposal = _next_probe(SearchedCell({}, intervals[-1], _probes(paths)), None)
-    if proposal is None:
-        return _Urgency.DONE
-    if proposal.speculative:
-        return _Urgency.SPECULATIVE
-    return _Urgency.RUNNING if is_running else _Urgency.BEGUN
-
-
-def _probes(paths: Iterable[_Path]) -> list[Probe]:
-    return [path.probe for path in paths if path.probe is not None]
+    def _urgency(self, node: _Node | None, running: set[int], fixed: Mapping[str, Any]) -> Urgency:
+        """That of the most urgent cell under a node."""
+        if node is None:
+            return Urgency.NEW
+        if node.name is not None:
+            values = list(node.children) if node.name in self._fixed else node.values(fixed)
+            return min(self._urgency(node.children.get(value), running, fixed) for value in values)
+        if node.interval is not None:
+            urgency = node.proposal().urgency
+            return Urgency.RUNNING if id(node) in running and urgency < Urgency.RUNNING else urgency
+        if id(node) in running:
+            return Urgency.RUNNING
+        return Urgency.DONE if node.is_ruled_out else Urgency.NEW
 
 
 def _values(name: str, distribution: BaseDistribution) -> Sequence[float]:

@@ -1,58 +1,43 @@
-"""What a study is: methods, factors and seeds; when a run counts as stable; and what a run gave."""
+"""What a study is: a program, methods, factors and seeds; and when a run counts as stable."""
 
 from __future__ import annotations
 
 import itertools
 import json
 import math
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import cached_property
 from pathlib import Path
-from typing import Any, NamedTuple, get_type_hints
+from typing import Any, NamedTuple
 
-from msign_lightning.ablations.cell import Cell, Criterion, Group, Outcome, plain, show
-from msign_lightning.ablations.methods import ARMS, Arm, Value
+from msign_lightning.ablations.cell import WINDOW, Cell, Criterion, Group, Outcome, plain, show
+from msign_lightning.ablations.methods import ARMS, PLAIN, Arm, Value
 from msign_lightning.ablations.reader import Node, Source, StudyError, Where, near, read
 from msign_lightning.recipes import recipe_file, recipe_names
 
-__all__ = [
-    "Bisect",
-    "Cell",
-    "Criterion",
-    "Grid",
-    "Group",
-    "Outcome",
-    "Sampler",
-    "Study",
-    "StudyError",
-    "Tpe",
-    "Value",
-    "Variant",
-    "changes",
-    "load",
-]
-
-MIN_STEPS = 20
-SHORT_NAMES = {
-    "lr": "model.optimizer.lr",
-    "period": "msign.period",
-    "targets": "msign.targets",
-    "rule": "msign.rule",
-}
-"""Factors with a name of their own → the recipe setting that they are."""
+MOST_STEPS = 10**9
+SHORT_NAMES = {"period": "msign.period", "targets": "msign.targets", "rule": "msign.rule"}
+"""Factors with a name of their own → the setting that they are; and "lr", which `Study.lr` names."""
 RESERVED = {
+    **dict.fromkeys(("key", "group", "stable", "clipped_loss", *Outcome._fields), "the outcome"),
+    "seed": "seeds",
     "seed_everything": "seeds",
     "data.seed": "seeds",
+    "steps": "steps",
     "trainer.max_steps": "steps",
     "trainer.max_epochs": "steps",
+    "arm": "the arm",
     "use_msign": "the arm",
     "msign.stop": "the arm",
-    "trainer.logger": "the study",
     "trainer.callbacks": "the arm",
+    "folder": "the study",
+    "trainer.logger": "the study",
     "trainer.default_root_dir": "the study",
     "trainer.enable_checkpointing": "the study",
 }
-"""Recipe settings that a study file can't set → what sets them."""
+"""Settings that a study file can't set → what sets them."""
 
 
 class Grid(NamedTuple):
@@ -92,13 +77,38 @@ class Tpe(NamedTuple):
 
 
 Sampler = Grid | Bisect | Tpe
+SAMPLERS: dict[str, type[Sampler]] = {kind.__name__.lower(): kind for kind in (Grid, Bisect, Tpe)}
 
 
 class Variant(NamedTuple):
-    """An arm of a study's own: another arm with further recipe settings."""
+    """An arm of a study's own: another arm with further settings."""
 
     base: str
     settings: Mapping[str, Value]
+
+
+class _File(NamedTuple):
+    """What a study file holds."""
+
+    program: str
+    steps: int
+    arms: Node
+    factors: dict[str, tuple[Value, ...]]
+    seeds: tuple[int, ...]
+    settings: dict[str, Value] = {}  # noqa: RUF012 (never changed)
+    stability: Criterion = Criterion()
+    sampler: Node | None = None
+    prune: bool = False
+    metric: str = "loss/val"
+    lr: str = "model.optimizer.lr"
+
+
+class _Named(NamedTuple):
+    """An arm of a study file's own."""
+
+    name: str
+    settings: dict[str, Value]
+    base: str = PLAIN
 
 
 @dataclass(frozen=True)
@@ -107,42 +117,49 @@ class Study:
 
     Args:
         name: Its name in a storage.
-        recipe: Name or file of the recipe, as for `recipes.train.load_recipe`.
+        program: What a run is: the name of a recipe of this package; a configuration file of a `LightningCLI`; or
+            "package.module:name" of a `LightningCLI` or of a function `objective(settings, progress)`.
         steps: Optimizer steps of each run.
         arms: Names of methods, of `ARMS` or `variants`.
-        factors: Factor → its values. A factor is "lr", "period", "targets", "rule" or the dotted name of a recipe
-            setting. Arms that it does not concern are run without it.
+        factors: Factor → its values. A factor is "lr", "period", "targets", "rule" or the dotted name of a setting of
+            the program. Arms that it does not concern are run without it.
         seeds: Seeds of initialisation and data, the same for all arms.
-        settings: Recipe settings of all cells, by factor names.
-        criterion: When a run counts as stable.
+        settings: Settings of all cells, by factor names.
+        stability: When a run counts as stable.
         sampler: How cells are chosen.
         prune: Whether to stop runs that are worse than the median; only for `Tpe`, since it would bias comparisons.
+        metric: Name of the validation loss among what the program's validation gives; lower is better.
+        lr: Dotted name of the setting that is the peak learning rate.
         variants: Arms of the study's own.
         source: Where the study was read.
 
     Raises:
-        StudyError: The study can't be run. What only the recipe knows is checked by `ablations.trial.check`.
+        StudyError: The study can't be run. What only the program knows is checked by `ablations.program.check`.
     """
 
     name: str
-    recipe: str
+    program: str
     steps: int
     arms: Sequence[str]
     factors: Mapping[str, Sequence[Value]]
     seeds: Sequence[int]
     settings: Mapping[str, Value] = field(default_factory=dict)
-    criterion: Criterion = Criterion()  # noqa: RUF009 (immutable)
+    stability: Criterion = Criterion()  # noqa: RUF009 (immutable)
     sampler: Sampler = Grid()  # noqa: RUF009 (immutable)
     prune: bool = False
+    metric: str = "loss/val"
+    lr: str = "model.optimizer.lr"
     variants: Mapping[str, Variant] = field(default_factory=dict)
     source: Source | None = field(default=None, compare=False, repr=False)
 
     def __post_init__(self) -> None:
-        if self.steps < MIN_STEPS:
-            raise self.error(f"steps must be at least {MIN_STEPS}, got {self.steps}", "steps")
-        if not recipe_file(self.recipe).is_file():
-            hint = near(self.recipe, recipe_names())
-            raise self.error(f"recipe must be the name of a recipe or a file, got {self.recipe!r}{hint}", "recipe")
+        if not self.name.isprintable() or "/" in self.name or self.name.strip(". ") == "" or len(self.name) > 100:
+            raise self.error(f"the name of a study must be usable as that of a folder, got {self.name!r}")
+        if not WINDOW <= self.steps <= MOST_STEPS:
+            raise self.error(f"steps must be between {WINDOW} and {MOST_STEPS:,}, got {self.steps:.6g}", "steps")
+        if not self.is_object and not recipe_file(self.program).is_file():
+            rule = "program must be the name of a recipe, a file, or package.module:name"
+            raise self.error(f"{rule}, got {self.program!r}{near(self.program, recipe_names())}", "program")
         self._check_arms()
         self._check_unique("seeds", "seed", self.seeds, "seeds")
         for i, seed in enumerate(self.seeds):
@@ -151,12 +168,23 @@ class Study:
         self._check_settings(self.settings)
         self._check_factors()
         self._check_periods()
-        self._check_criterion()
+        for name, value in self.stability._asdict().items():
+            if value is not None and not (0 <= value < math.inf and (value > 0 or name == "spikes_per_10k")):
+                raise self.error(f"{name} must be positive and finite, got {value}", "stability", name)
         self._check_sampler()
+
+    @property
+    def is_object(self) -> bool:
+        """Whether the program is something to import, not a file."""
+        return re.fullmatch(r"[A-Za-z_][\w.]*:\w+", self.program) is not None
 
     def error(self, message: str, *where: str | int) -> StudyError:
         """The error, with file and line in front if the study was read from a file."""
         return StudyError(message) if self.source is None else self.source.error(message, *where)
+
+    def setting_of(self, factor: str) -> str:
+        """The setting of the program that a factor is: "period" → "msign.period"."""
+        return {**SHORT_NAMES, "lr": self.lr}.get(factor, factor).replace(".init_args.", ".")
 
     def arm(self, name: str) -> Arm:
         """The method of one of the study's arms."""
@@ -164,44 +192,61 @@ class Study:
             return ARMS[name]
         variant = self.variants[name]
         base = ARMS[variant.base]
-        settings = {setting_of(factor): value for factor, value in variant.settings.items()}
+        settings = {self.setting_of(factor): value for factor, value in variant.settings.items()}
         return base._replace(settings={**base.settings, **settings})
 
-    def groups(self) -> list[Group]:
+    def settings_of(self, cell: Cell) -> dict[str, Value]:
+        """The settings of a cell; those of the arm go before the study's, and its factors before both."""
+        common = {self.setting_of(name): value for name, value in self.settings.items()}
+        factors = {self.setting_of(name): value for name, value in cell.factors}
+        return {**common, **self.arm(cell.arm).settings, **factors}
+
+    @cached_property
+    def groups(self) -> tuple[Group, ...]:
         """Every arm with every combination of the factors that concern it, but "lr"."""
-        groups = []
+        groups: list[Group] = []
         for arm in self.arms:
             concerned = self.arm(arm).concerned_by
-            names = sorted(name for name in self.factors if name != "lr" and concerned(setting_of(name)))
+            names = sorted(name for name in self.factors if name != "lr" and concerned(self.setting_of(name)))
             values = itertools.product(*(self.factors[name] for name in names))
             groups += [Group(arm, tuple(zip(names, combination, strict=True))) for combination in values]
-        return groups
+        return tuple(groups)
 
-    def cells(self) -> list[Cell]:
-        """All cells of a grid, one seed after the other.
-
-        Raises:
-            ValueError: The sampler is another, which chooses cells as it goes.
-        """
+    @cached_property
+    def cells(self) -> Mapping[str, Cell]:
+        """All cells of a grid by their keys, one seed after the other; of another sampler, which chooses them, none."""
         if not isinstance(self.sampler, Grid):
-            raise ValueError(f"sampler must be grid for a study to have all its cells, got {_name(self.sampler)}")
+            return {}
         rates = [float(lr) for lr in self.factors["lr"]]  # type: ignore[arg-type]
-        return [group.cell(lr, seed) for seed in self.seeds for group in self.groups() for lr in rates]
+        cells = [group.cell(lr, seed) for seed in self.seeds for group in self.groups for lr in rates]
+        return {cell.key: cell for cell in cells}
+
+    def holds(self, cell: Cell) -> bool:
+        """Whether a cell belongs to the study."""
+        return cell.key in self.cells if self.cells else cell.group in self.groups and cell.seed in self.seeds
 
     def fingerprint(self) -> dict[str, Any]:
-        """What must not change once the study has started, in plain values for JSON, the recipe's file included."""
+        """The whole study in plain values for JSON, the program's file included."""
         return {
-            "recipe": {"name": self.recipe, "settings": read(recipe_file(self.recipe)).value},
+            "program": {"name": self.program, "file": None if self.is_object else self._program_file()},
             "steps": self.steps,
             "arms": plain(self.arms),
             "variants": {name: plain(variant._asdict()) for name, variant in self.variants.items()},
             "factors": plain(self.factors),
             "seeds": plain(self.seeds),
             "settings": plain(self.settings),
-            "stability": self.criterion._asdict(),
+            "stability": self.stability._asdict(),
             "sampler": {"name": _name(self.sampler), **self.sampler._asdict()},
             "prune": self.prune,
+            "metric": self.metric,
+            "lr": self.lr,
         }
+
+    def _program_file(self) -> Any:
+        root = read(recipe_file(self.program))
+        if not isinstance(root.value, dict):
+            raise StudyError(f"{root.source.file}:1: a program's file must be a mapping, got {root.value!r}"[:500])
+        return root.value
 
     def _check_arms(self) -> None:
         self._check_unique("arms", "arm", self.arms, "arms")
@@ -225,12 +270,12 @@ class Study:
                 raise self.error("lr must be a factor, not a setting", *where, "settings", name)
 
     def _check_factors(self) -> None:
-        set_by_settings = {setting_of(name) for name in self.settings}
+        set_by_settings = {self.setting_of(name) for name in self.settings}
         arms = [self.arm(arm) for arm in self.arms]
         for name, values in self.factors.items():
             self._check_name(name, "factors", name)
             self._check_unique(name, "value", values, "factors", name)
-            setting = setting_of(name)
+            setting = self.setting_of(name)
             if setting in set_by_settings:
                 raise self.error(f"{name} must be a factor or a setting, not both", "factors", name)
             if not any(arm.concerned_by(setting) for arm in arms):
@@ -256,11 +301,6 @@ class Study:
                         i,
                     )
 
-    def _check_criterion(self) -> None:
-        for name, value in self.criterion._asdict().items():
-            if value is not None and not (0 <= value < math.inf and (value > 0 or name == "spikes_per_10k")):
-                raise self.error(f"{name} must be positive and finite, got {value}", "stability", name)
-
     def _check_sampler(self) -> None:
         sampler = self.sampler
         if self.prune and not isinstance(sampler, Tpe):
@@ -277,13 +317,12 @@ class Study:
             raise self.error(f"low and high must be positive and finite, low below high, got {got}", "sampler", "low")
         for name, least in {"runs": 1, "trials": 1, "seed": 0}.items():
             value = getattr(sampler, name, least)
-            if value < least:
-                raise self.error(f"{name} must be at least {least}, got {value}", "sampler", name)
+            if not least <= value < 2**31:
+                rule = f"at least {least}" if value < least else "below 2³¹"
+                raise self.error(f"{name} must be {rule}, got {value:.12g}", "sampler", name)
         if isinstance(sampler, Bisect) and not 0 < sampler.resolution <= math.log10(sampler.high / sampler.low):
             rule = "resolution must be positive and at most the decades from low to high"
             raise self.error(f"{rule}, got {sampler.resolution}", "sampler", "resolution")
-        if isinstance(sampler, Tpe) and sampler.seed >= 2**31:
-            raise self.error(f"seed must be below 2³¹, got {sampler.seed}", "sampler", "seed")
 
     def _check_unique(self, what: str, item: str, values: Sequence[Value], *where: str | int) -> None:
         if not values:
@@ -296,20 +335,16 @@ class Study:
             seen.add(same)
 
     def _check_name(self, name: str, *where: str | int) -> None:
-        setting = setting_of(name)
+        setting = self.setting_of(name)
         if setting in RESERVED:
             raise self.error(f"{name} must not be a factor or a setting: {RESERVED[setting]} sets it", *where)
-        if name not in SHORT_NAMES and "." not in name:
-            known = f"known: {', '.join(SHORT_NAMES)}, and recipe settings by their dotted names"
-            raise self.error(f"unknown factor {name!r}{near(name, SHORT_NAMES)}; {known}", *where)
-        for short, long in SHORT_NAMES.items():
-            if setting == long and name != short:
-                raise self.error(f"{name} must be written {short}", *where)
-
-
-def setting_of(factor: str) -> str:
-    """The recipe setting that a factor is: "lr" → "model.optimizer.lr"."""
-    return SHORT_NAMES.get(factor, factor).replace(".init_args.", ".")
+        short = {"lr": self.lr, **SHORT_NAMES}
+        if name not in short and "." not in name and not self.is_object:
+            known = f"known: {', '.join(short)}, and settings of the program by their dotted names"
+            raise self.error(f"unknown factor {name!r}{near(name, short)}; {known}", *where)
+        for own, long in short.items():
+            if setting == long and name != own:
+                raise self.error(f"{name} must be written {own}", *where)
 
 
 def last_application(steps: int, period: int, until: float) -> int:
@@ -344,27 +379,36 @@ def load(path: str | Path) -> Study:
     """
     file = _find(Path(path))
     root = read(file)
-    required = ("recipe", "steps", "arms", "factors", "seeds")
-    study = root.mapping(required, ("settings", "stability", "sampler", "prune"))
-    arms, variants = _arms(study["arms"])
-    criterion = study["stability"].mapping((), Criterion._fields) if "stability" in study else {}
-    return Study(
-        name=file.stem,
-        recipe=study["recipe"].text(),
-        steps=study["steps"].integer(),
-        arms=tuple(arms),
-        factors={
-            name: tuple(n.number() if name == "lr" else n.setting() for n in values.sequence())
-            for name, values in study["factors"].mapping().items()
-        },
-        seeds=tuple(seed.integer() for seed in study["seeds"].sequence()),
-        settings=_settings(study.get("settings")),
-        criterion=Criterion(**{name: node.number() for name, node in criterion.items()}),
-        sampler=_sampler(study["sampler"]) if "sampler" in study else Grid(),
-        prune="prune" in study and study["prune"].boolean(),
-        variants=variants,
-        source=root.source,
-    )
+    parts: _File = root.read(_File)
+    arms, variants = _arms(parts.arms)
+    sampler = Grid() if parts.sampler is None else _sampler(parts.sampler)
+    factors = {
+        name: root.part("factors").part(name).read(tuple[float, ...]) if name == "lr" else values
+        for name, values in parts.factors.items()
+    }
+    rest = {**parts._asdict(), "arms": arms, "factors": factors, "sampler": sampler}
+    return Study(name=file.stem, variants=variants, source=root.source, **rest)
+
+
+def _arms(node: Node) -> tuple[tuple[str, ...], dict[str, Variant]]:
+    names: list[str] = []
+    variants: dict[str, Variant] = {}
+    for entry in node.read(tuple[Node, ...]):
+        if isinstance(entry.value, dict):
+            named: _Named = entry.read(_Named)
+            variants[named.name] = Variant(named.base, named.settings)
+        names.append(entry.value["name"] if isinstance(entry.value, dict) else entry.read(str))
+    return tuple(names), variants
+
+
+def _sampler(node: Node) -> Sampler:
+    parts = node.value if isinstance(node.value, dict) else {"name": node.value}
+    named = node if parts is not node.value else node.part("name") if "name" in parts else node
+    if parts.get("name") not in list(SAMPLERS):
+        raise named.error(f"one of {', '.join(SAMPLERS)}")
+    rest = {name: value for name, value in parts.items() if name != "name"}
+    sampler: Sampler = node._replace(value=rest).read(SAMPLERS[parts["name"]])
+    return sampler
 
 
 def _find(path: Path) -> Path:
@@ -377,42 +421,6 @@ def _find(path: Path) -> Path:
     raise StudyError(f"no study file {str(path)!r}{near(path.stem, shipped)}; studies of this package: {known}")
 
 
-def _settings(node: Node | None) -> dict[str, Value]:
-    return {} if node is None else {name: value.setting() for name, value in node.mapping().items()}
-
-
-def _arms(node: Node) -> tuple[list[str], dict[str, Variant]]:
-    names: list[str] = []
-    variants: dict[str, Variant] = {}
-    for entry in node.sequence():
-        if isinstance(entry.value, dict):
-            parts = entry.mapping(("name", "base", "settings"), ())
-            names.append(parts["name"].text())
-            variants[names[-1]] = Variant(parts["base"].text(), _settings(parts["settings"]))
-        else:
-            names.append(entry.text())
-    return names, variants
-
-
-def _sampler(node: Node) -> Sampler:
-    kinds: dict[str, type[Sampler]] = {_name(kind): kind for kind in (Grid, Bisect, Tpe)}
-    named = node if isinstance(node.value, str) else node.mapping(["name"])["name"]
-    name = named.text()
-    if name not in kinds:
-        raise named.error(f"must be one of {', '.join(kinds)}")
-    kind = kinds[name]
-    if isinstance(node.value, str):
-        node = node._replace(value={"name": name})
-    required = [part for part in kind._fields if part not in kind._field_defaults]
-    parts = node.mapping(["name", *required], kind._field_defaults)
-    types = get_type_hints(kind)
-    values: dict[str, Any] = {
-        part: node.integer() if types[part] is int else node.number() for part, node in parts.items() if part != "name"
-    }
-    return kind(**values)
-
-
-def _name(sampler: Sampler | type[Sampler]) -> str:
+def _name(sampler: Sampler) -> str:
     """A sampler's name in study files."""
-    kind = sampler if isinstance(sampler, type) else type(sampler)
-    return kind.__name__.lower()
+    return type(sampler).__name__.lower()

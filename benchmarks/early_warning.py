@@ -34,13 +34,13 @@ from typing import Any, NamedTuple
 import matplotlib
 import numpy as np
 import torch
-from lightning.pytorch.loggers.logger import Logger
 from tqdm import tqdm
 
 from msign_lightning import StabilityMonitor
 from msign_lightning.collapse import CollapseDetector
 from msign_lightning.recipes.module import LanguageModel
 from msign_lightning.recipes.provenance import provenance
+from msign_lightning.recipes.recorder import Recorder, Rows
 from msign_lightning.recipes.train import load_recipe
 
 matplotlib.use("Agg")
@@ -75,32 +75,8 @@ KEPT = (GOOD, LONG, MARGINAL)
 
 OFF: dict[str, Any] = dict.fromkeys(("spike", "z_score", "stall", "stable_rank", "sign_diversity"))
 
-Rows = dict[int, dict[str, float]]
+Readings = dict[int, dict[str, float]]
 """Metrics by optimizer step."""
-
-
-class Record(Logger):
-    """Keeps what is logged in memory."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.rows: Rows = {}
-
-    @property
-    def name(self) -> str:
-        return "record"
-
-    @property
-    def version(self) -> int:
-        return 0
-
-    def log_hyperparams(self, *args: Any, **kwargs: Any) -> None:
-        pass
-
-    def log_metrics(self, metrics: Mapping[str, float], step: int | None = None) -> None:
-        if "loss/train" in metrics and step is not None:
-            step += 1  # Lightning counts steps from 0
-        self.rows.setdefault(step or 0, {}).update(metrics)
 
 
 def train(name: str, seed: int, folder: Path) -> None:
@@ -110,7 +86,8 @@ def train(name: str, seed: int, folder: Path) -> None:
         return
     setting = SETTINGS[name]
     measure: Any = {"stable_rank": EVERY, "spectral_alignment": EVERY, "jacobian_alignment": JACOBIANS_EVERY}
-    record = Record()
+    rows = Rows()
+    recorder = Recorder(EVERY)
     recipe = load_recipe(
         "tiny/prose",
         "--use_msign=false",
@@ -118,18 +95,20 @@ def train(name: str, seed: int, folder: Path) -> None:
         f"--model.warmup_steps={setting.warmup}",
         f"--trainer.max_steps={setting.steps}",
         f"--seed_everything={seed}",
-        "--trainer.log_every_n_steps=1",
         "--trainer.limit_val_batches=0",
         "--trainer.enable_checkpointing=false",
         "--trainer.enable_progress_bar=false",
         "--trainer.enable_model_summary=false",
         "--trainer.logger=false",
-        callbacks=[StabilityMonitor(measure, thresholds=OFF, per_matrix=True)],
+        callbacks=[recorder, StabilityMonitor(measure, thresholds=OFF, per_matrix=True)],
     )
-    recipe.trainer.loggers = [record]
+    recipe.trainer.loggers = [rows]
     recipe.trainer.fit(recipe.model, recipe.datamodule)
+    losses = recorder.losses + ([] if recorder.diverged_at is None else [math.nan])
+    for step, loss in enumerate(losses, start=1):
+        rows.rows.setdefault(step, {})["loss/train"] = loss
     unfinished = file.with_suffix(".part")
-    unfinished.write_text(json.dumps(record.rows))
+    unfinished.write_text(json.dumps(rows.rows))
     unfinished.rename(file)
 
 
@@ -139,7 +118,7 @@ def file_of(name: str, seed: int, folder: Path) -> Path:
     return folder / f"lr={setting.lr:g} warmup={setting.warmup} steps={setting.steps} seed={seed}.json"
 
 
-def load(name: str, seed: int, folder: Path) -> Rows:
+def readings(name: str, seed: int, folder: Path) -> Readings:
     """Readings of a run, by step, with the learning rate."""
     setting = SETTINGS[name]
     rows = {int(step): row for step, row in json.loads(file_of(name, seed, folder).read_text()).items() if step != "0"}
@@ -159,14 +138,14 @@ def _start_worker() -> None:
 # --- when a run is lost ------------------------------------------------------------------------------------------
 
 
-def smoothed(rows: Rows) -> np.ndarray[Any, np.dtype[np.float64]]:
+def smoothed(rows: Readings) -> np.ndarray[Any, np.dtype[np.float64]]:
     """Median of the last 201 losses at each step, NaN before there are as many."""
     losses = np.array([rows[step]["loss/train"] for step in sorted(rows) if "loss/train" in rows[step]])
     medians = np.median(np.lib.stride_tricks.sliding_window_view(losses, SMOOTHING), axis=1)
     return np.concatenate([np.full(SMOOTHING - 1, math.nan), medians])
 
 
-def lost_at(rows: Rows, good: np.ndarray[Any, np.dtype[np.float64]]) -> int | None:
+def lost_at(rows: Readings, good: np.ndarray[Any, np.dtype[np.float64]]) -> int | None:
     """Step at which the run is lost; None if it is not."""
     steps = [step for step, _ in alarms(rows, CollapseDetector(**OFF | {"stall": LOST_BY}))][:1]
     losses = smoothed(rows)
@@ -177,7 +156,7 @@ def lost_at(rows: Rows, good: np.ndarray[Any, np.dtype[np.float64]]) -> int | No
     return min(steps, default=None)
 
 
-def alarms(rows: Rows, detector: CollapseDetector) -> Iterable[tuple[int, str]]:
+def alarms(rows: Readings, detector: CollapseDetector) -> Iterable[tuple[int, str]]:
     """Step and kind of each alarm; several at a step count as one."""
     for step in sorted(rows):
         row = rows[step]
@@ -264,7 +243,7 @@ def false_alarms(verdicts: list[Verdict], setting: str) -> str:
     return f"{sum(v.warned is not None for v in kept)} of {len(kept)}" if kept else "–"
 
 
-def tabulate(runs: Mapping[tuple[str, int], Rows]) -> str:
+def tabulate(runs: Mapping[tuple[str, int], Readings]) -> str:
     """Both tables and the runs that were lost, as Markdown."""
     seeds = sorted({seed for name, seed in runs if name == GOOD})
     good = np.mean([smoothed(runs[GOOD, seed]) for seed in seeds], axis=0)
@@ -319,7 +298,7 @@ def tabulate(runs: Mapping[tuple[str, int], Rows]) -> str:
     return "\n".join(lines)
 
 
-def draw(runs: Mapping[tuple[str, int], Rows], file: Path) -> None:
+def draw(runs: Mapping[tuple[str, int], Readings], file: Path) -> None:
     """What was measured over the steps: a column per setting, a line per seed."""
     panels = {
         "training loss": "stability/loss",
@@ -366,7 +345,7 @@ def main(seeds: int, workers: int, folder: Path, results: Path) -> None:
         futures = [pool.submit(train, *key, folder) for key in longest_first]
         for future in tqdm(futures, unit="run"):
             future.result()
-    runs = {key: load(*key, folder) for key in keys}
+    runs = {key: readings(*key, folder) for key in keys}
     report = "\n".join(
         [
             "# How early each signal warns, and how often wrongly",

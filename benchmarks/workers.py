@@ -8,7 +8,6 @@ as Optuna's storage has them: the seconds that workers take to start are in a co
 from __future__ import annotations
 
 import argparse
-import os
 import platform
 import statistics
 import tempfile
@@ -20,8 +19,8 @@ import optuna
 from optuna.trial import TrialState
 
 from benchmarks.common import keep
-from msign_lightning.ablations.ledger import load
-from msign_lightning.ablations.runner import run
+from msign_lightning.ablations.ledger import find
+from msign_lightning.ablations.runner import cores, run
 from msign_lightning.ablations.storage import reading
 from msign_lightning.ablations.study import Study
 from msign_lightning.recipes.provenance import provenance
@@ -38,7 +37,7 @@ def grid(cells: int, steps: int) -> Study:
     """A study of so many equal cells."""
     return Study(
         name="workers",
-        recipe="tiny/prose",
+        program="tiny/prose",
         steps=steps,
         arms=["msign"],
         factors={"lr": [0.01]},
@@ -54,7 +53,7 @@ def measure(study: Study, workers: int) -> Timing:
         if summary.failed:
             raise RuntimeError(f"cells of the benchmark failed: {summary.failed}")
         with reading(None, Path(folder) / study.name) as backend:
-            trials = load(study, backend).get_trials(states=(TrialState.COMPLETE,))
+            trials = find(study, backend).get_trials(states=(TrialState.COMPLETE,))
     starts = [trial.datetime_start.timestamp() for trial in trials if trial.datetime_start is not None]
     ends = [trial.datetime_complete.timestamp() for trial in trials if trial.datetime_complete is not None]
     return Timing(60 * len(trials) / (max(ends) - min(starts)), min(starts) - began)
@@ -74,11 +73,10 @@ def main(cells: int, steps: int, rounds: int, folder: Path) -> None:
         measured = f"| {one.cells_per_minute:.2f} | {two.cells_per_minute:.2f} | {ratios[-1]:.2f} "
         lines.append(f"| {i} {measured}| {one.start_up:.1f} | {two.start_up:.1f} |")
         print(lines[-1], flush=True)
-    cores = len(os.sched_getaffinity(0))
-    hardware = f"{platform.machine()} CPU"
+        hardware = f"{platform.machine()} CPU"
     report = "\n".join(
         [
-            f"# Throughput of two workers against one on {cores} cores, {hardware}",
+            f"# Throughput of two workers against one on {cores()} cores, {hardware}",
             "",
             f"`python -m benchmarks.workers --cells {cells} --steps {steps} --rounds {rounds}`: {provenance()}.",
             f"{cells} cells of {steps} steps of tiny/prose with MSign; one and two workers take turns.",

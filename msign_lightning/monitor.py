@@ -18,9 +18,9 @@ from msign_lightning.jacobian import BlockJacobians
 from msign_lightning.matrices import gather
 from msign_lightning.restoration import Report, Restorer
 from msign_lightning.settings import MonitorSettings, Quantity, with_settings
-from msign_lightning.sharding import Ranks
+from msign_lightning.sharding import Ranks, refuse_differences
 from msign_lightning.spectrum import Spectrum, SpectrumMonitor
-from msign_lightning.targets import select_targets
+from msign_lightning.targets import Target, select_targets
 
 __all__ = ["Monitor", "Reading", "grad_norm"]
 
@@ -95,14 +95,15 @@ class Monitor:
 
     Several processes see the mean of what each measures, so that all raise the same alarms; all must call `begin` and
     `end` at the same steps. Only Jacobians are each process's own, and they raise no alarms. Where `torch.distributed`
-    is initialised its whole group must train one model in this way, without pipeline stages.
+    is initialised its whole group must train one model in this way.
 
     Args:
         model: The model. It must be final: cast, wrapped and sharded as it is trained.
         settings: The arguments of `MonitorSettings`, `measure` and `on_alarm` first. "stop" is left to the caller.
 
     Raises:
-        ValueError: An argument is out of its range, nothing is selected, or there are no blocks for the Jacobians.
+        ValueError: An argument is out of its range, nothing is selected, there are no blocks for the Jacobians, or the
+            processes hold different matrices, as the stages of a pipeline do.
     """
 
     @with_settings(MonitorSettings)
@@ -112,6 +113,7 @@ class Monitor:
         self.detector = settings.detector()
         self._spectra = self._alignment = self._jacobians = self._restorer = None
         weights = self.measure.keys() & {"stable_rank", "spectral_alignment"}
+        targets: list[Target] = []
         if weights or settings.on_alarm == "restore":
             targets = select_targets(model, settings.targets, exclude=settings.exclude, cuts=settings.cuts)
             ranks = Ranks(model)
@@ -121,6 +123,11 @@ class Monitor:
                 self._alignment = SpectralAlignment(model, targets)
             if settings.on_alarm == "restore":
                 self._restorer = Restorer(targets, rule=settings.rule, ranks=ranks)
+        if dist.is_initialized():
+            mine = dist.get_rank(), [f"{t.name} of shape {t.shape}" for t in targets]
+            everyone: list[Any] = [mine] * dist.get_world_size()
+            dist.all_gather_object(everyone, mine)
+            refuse_differences(everyone)
         if "jacobian_alignment" in self.measure:
             self._jacobians = BlockJacobians(model, settings.blocks, iterations=JACOBIAN_ITERATIONS)
         self.steps = 0

@@ -37,7 +37,7 @@ from msign_lightning.matrices import (
 )
 from msign_lightning.targets import Target
 
-__all__ = ["Ranks", "Work", "plan"]
+__all__ = ["Ranks", "Work", "plan", "refuse_differences"]
 
 Compute = Callable[[Batch], Tensor]
 """Reads a batch, may write it, and returns a row of figures per matrix, of shape (B, width)."""
@@ -366,7 +366,12 @@ def _check_agreement(lines: Sequence[str], layout: Layout) -> None:
     lowest, highest = ends.tolist()
     if lowest == -highest:
         return
-    (first, own), *others = _gather_objects((dist.get_rank(), lines), layout)
+    refuse_differences(_gather_objects((dist.get_rank(), lines), layout))
+
+
+def refuse_differences(everyone: Sequence[tuple[int, Sequence[str]]]) -> None:
+    """Raises ValueError with the first line that differs between ranks, given the lines of each."""
+    (first, own), *others = everyone
     for rank, theirs in others:
         for a, b in zip_longest(own, theirs, fillvalue="nothing more"):
             if a != b:

@@ -31,14 +31,14 @@ import numpy as np
 import torch
 from jsonargparse import auto_cli
 from lightning.pytorch.loggers import TensorBoardLogger
-from torch import Tensor
 from torch.optim import AdamW
 from tqdm import tqdm
 
-from msign_lightning import MSignCallback, select_targets, stable_rank
+from msign_lightning import MSignCallback
 from msign_lightning.recipes.data import TextDataModule
 from msign_lightning.recipes.module import LanguageModel
 from msign_lightning.recipes.provenance import provenance
+from msign_lightning.recipes.recorder import Recorder
 
 matplotlib.use("Agg")
 from matplotlib import pyplot as plt
@@ -55,8 +55,8 @@ GOOD_LR, HIGH_LR = 3e-3, 3e-2
 BASELINE = next(iter(ARMS))
 
 
-class Run(NamedTuple):
-    """One training run: an arm's name, its peak learning rate, and the seed of initialisation and data."""
+class Setting(NamedTuple):
+    """What one run is: an arm's name, its peak learning rate, and the seed of initialisation and data."""
 
     arm: str
     lr: float
@@ -71,47 +71,24 @@ class Result(NamedTuple):
     stand right before an application.
     """
 
-    run: Run
+    setting: Setting
     val_loss: float
     steps: list[int]
     losses: list[float]
     stable_ranks: list[float]
 
 
-class Recorder(pl.Callback):
-    """Records training loss and stable rank every `PERIOD` steps, always one step before an application."""
-
-    def __init__(self) -> None:
-        self.steps: list[int] = []
-        self.losses: list[float] = []
-        self.stable_ranks: list[float] = []
-        self._recent: list[Tensor] = []
-
-    def on_train_batch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule, outputs: Any, *_: Any) -> None:
-        self._recent.append(outputs["loss"])
-        if (trainer.global_step + 1) % PERIOD:
-            return
-        targets = select_targets(pl_module, "attention")
-        ranks = torch.cat([stable_rank(target.matrix(target.parameter)) for target in targets])
-        self.steps.append(trainer.global_step)
-        self.losses.append(torch.stack(self._recent).mean().item())
-        self.stable_ranks.append(ranks.clamp(min=1).log().mean().exp().item())
-        self._recent.clear()
-        for logger in trainer.loggers:
-            logger.log_metrics({"stable_rank/attention": self.stable_ranks[-1]}, step=trainer.global_step)
-
-
-def train(run: Run, steps: int, folder: Path) -> Result:
+def train(setting: Setting, steps: int, folder: Path) -> Result:
     """Trains one run to its end under a Lightning trainer."""
-    torch.manual_seed(run.seed)
-    module = LanguageModel(optimizer=partial(AdamW, lr=run.lr, weight_decay=0.1, fused=True))
-    recorder = Recorder()
+    torch.manual_seed(setting.seed)
+    module = LanguageModel(optimizer=partial(AdamW, lr=setting.lr, weight_decay=0.1, fused=True))
+    recorder = Recorder(PERIOD)
     callbacks: list[pl.Callback] = [recorder]
-    settings = ARMS[run.arm]
-    if settings is not None:
+    msign = ARMS[setting.arm]
+    if msign is not None:
         # The loss is disturbed for some steps after an application: none falls on the last ones.
-        callbacks.append(MSignCallback(period=PERIOD, stop=steps - PERIOD, **settings))
-    logger = TensorBoardLogger(folder, f"{run.arm} lr={run.lr:g}", f"seed={run.seed}")
+        callbacks.append(MSignCallback(period=PERIOD, stop=steps - PERIOD, **msign))
+    logger = TensorBoardLogger(folder, f"{setting.arm} lr={setting.lr:g}", f"seed={setting.seed}")
     shutil.rmtree(logger.log_dir, ignore_errors=True)  # of an earlier demo: TensorBoard would draw both as one
     trainer = pl.Trainer(
         max_steps=steps,
@@ -125,11 +102,14 @@ def train(run: Run, steps: int, folder: Path) -> Result:
         enable_progress_bar=False,
         enable_model_summary=False,
     )
-    data = TextDataModule(seed=run.seed)
+    data = TextDataModule(seed=setting.seed)
     trainer.fit(module, data)
     trainer.limit_val_batches = 1.0
     (validation,) = trainer.validate(module, data, verbose=False)
-    return Result(run, validation["loss/val"], recorder.steps, recorder.losses, recorder.stable_ranks)
+    ranks = {step: rank for step, rank in recorder.stable_ranks.items() if (step + 1) % PERIOD == 0}
+    losses = [mean(recorder.losses[max(0, step - PERIOD) : step]) for step in ranks]
+    val_loss = math.nan if recorder.diverged_at is not None else validation["loss/val"]
+    return Result(setting, val_loss, [*ranks], losses, [*ranks.values()])
 
 
 def _start_worker() -> None:
@@ -138,43 +118,45 @@ def _start_worker() -> None:
     warnings.filterwarnings("ignore")
 
 
-def train_all(runs: Sequence[Run], steps: int, workers: int, folder: Path) -> list[Result]:
+def train_all(settings: Sequence[Setting], steps: int, workers: int, folder: Path) -> list[Result]:
     """Trains all runs in parallel processes; each result is on disk as soon as its run has ended.
 
     Raises:
         RuntimeError: A run failed; the others have been finished.
     """
-    results: dict[Run, Result] = {}
+    results: dict[Setting, Result] = {}
     errors: list[BaseException] = []
     context = multiprocessing.get_context("spawn")
     with (
         ProcessPoolExecutor(workers, context, _start_worker) as pool,
         (folder / "results.jsonl").open("w") as file,
-        tqdm(total=len(runs), unit="run", desc=f"{len(runs)} runs of {steps} steps, {workers} at a time") as progress,
+        tqdm(
+            total=len(settings), unit="run", desc=f"{len(settings)} runs of {steps} steps, {workers} at a time"
+        ) as progress,
     ):
-        futures = [pool.submit(train, run, steps, folder) for run in runs]
+        futures = [pool.submit(train, setting, steps, folder) for setting in settings]
         for future in as_completed(futures):
             if (error := future.exception()) is not None:
                 errors.append(error)
                 continue
             result = future.result()
-            results[result.run] = result
-            print(json.dumps(result._asdict() | {"run": result.run._asdict()}), file=file, flush=True)
-            progress.set_postfix_str(f"{result.run.arm}, lr {result.run.lr:g}: {result.val_loss:.3f}")
+            results[result.setting] = result
+            print(json.dumps(result._asdict() | {"setting": result.setting._asdict()}), file=file, flush=True)
+            progress.set_postfix_str(f"{result.setting.arm}, lr {result.setting.lr:g}: {result.val_loss:.3f}")
             progress.update()
     if errors:
-        raise RuntimeError(f"{len(errors)} of {len(runs)} runs failed, {file.name} has the others") from errors[0]
-    return [results[run] for run in runs]
+        raise RuntimeError(f"{len(errors)} of {len(settings)} runs failed, {file.name} has the others") from errors[0]
+    return [results[setting] for setting in settings]
 
 
 def of(results: Sequence[Result], arm: str, lr: float) -> list[Result]:
     """The results of one arm at one learning rate, by seed."""
-    return sorted((r for r in results if r.run.arm == arm and r.run.lr == lr), key=lambda r: r.run.seed)
+    return sorted((r for r in results if r.setting.arm == arm and r.setting.lr == lr), key=lambda r: r.setting.seed)
 
 
 def draw(results: Sequence[Result], file: Path) -> None:
     """Loss and stable rank over steps: a line per arm for the mean over seeds, a band from lowest to highest."""
-    rates = sorted({r.run.lr for r in results})
+    rates = sorted({r.setting.lr for r in results})
     figure, axes = plt.subplots(2, len(rates), figsize=(10, 7), sharex=True, sharey="row", squeeze=False)
     for (top, bottom), lr in zip(axes.T, rates, strict=True):
         for color, arm in enumerate(ARMS):
@@ -206,7 +188,7 @@ def tabulate(results: Sequence[Result]) -> str:
         "| stable rank at the end |",
         "|---|---|---|---|---|---|",
     ]
-    for lr in sorted({r.run.lr for r in results}):
+    for lr in sorted({r.setting.lr for r in results}):
         for arm in ARMS:
             arm_results = of(results, arm, lr)
             losses = [r.val_loss for r in arm_results]
@@ -287,8 +269,8 @@ def main(
     except OSError as error:
         raise ValueError(f"folder must be one that can be written to, got {str(folder)!r}") from error
     # The high rates first: they are what one waits for.
-    runs = [Run(arm, lr, seed) for seed in range(seeds) for lr in (HIGH_LR, GOOD_LR) for arm in ARMS]
-    results = train_all(runs, steps, workers, folder)
+    settings = [Setting(arm, lr, seed) for seed in range(seeds) for lr in (HIGH_LR, GOOD_LR) for arm in ARMS]
+    results = train_all(settings, steps, workers, folder)
     draw(results, folder / "demo.png")
     text = f"{tabulate(results)}\n\n{summarize(results)}\n\n{provenance()}.\n"
     (folder / "demo.md").write_text(text)

@@ -9,17 +9,19 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from msign_lightning.ablations.cell import Group, Outcome
-from msign_lightning.ablations.frontier import (
+from msign_lightning.ablations.results import (
     Boundary,
+    Comparison,
     Run,
     SeedBoundary,
-    _t_quantile,
     fit_overhead,
     frontier,
-    paired_differences,
+    judge,
+    summarize,
     survival,
+    tabulate,
 )
-from msign_lightning.ablations.sampler import Interval, Probe, SearchedCell, next_probes
+from msign_lightning.ablations.sampler import Interval, Probe, next_probe
 
 GROUP = Group("msign", (("period", 20),))
 OUTCOME = Outcome(
@@ -33,7 +35,7 @@ OUTCOME = Outcome(
     max_grad_norm=1.0,
     stable_rank=3.0,
     steps=300,
-    tokens_per_second=1e4,
+    steps_per_second=1e4,
     seconds=9.0,
     curve=((300, 2.0),),
 )
@@ -50,15 +52,20 @@ def on_grid(stable, seeds, points):
     return [result(lr, stable(math.log10(lr), seed), seed=seed) for seed in range(seeds) for lr in rates]
 
 
-def by_bisection(stable, seeds):
-    """Runs that `next_probes` asks for, and that no seed has more than six of."""
-    cells = [SearchedCell({"seed": seed}, Interval(1e-3, 1.0)) for seed in range(seeds)]
-    while any(proposals := next_probes(cells)):
-        seed, lr = next((seed, proposal.value) for seed, proposal in enumerate(proposals) if proposal)
-        probe = Probe(lr, stable(math.log10(lr), seed))
-        cells[seed] = cells[seed]._replace(probes=(*cells[seed].probes, probe))
-    assert all(len(cell.probes) <= 6 for cell in cells)
-    return [result(p.value, p.stable, seed=seed) for seed, cell in enumerate(cells) for p in cell.probes]
+def by_bisection(stable, seeds, low=1e-3, high=1.0):
+    """Runs that `next_probe` asks for, of which no seed has more than six."""
+    runs = []
+    for seed in range(seeds):
+        probes = []
+        while (value := next_probe(Interval(low, high), probes).value) is not None:
+            probes.append(Probe(value, stable(math.log10(value), seed)))
+        assert len(probes) <= 6
+        runs += [result(p.value, p.stable, seed=seed) for p in probes]
+    return runs
+
+
+def frontier_of_runs(runs, rates=()):
+    return frontier(tabulate(runs), rates)
 
 
 @given(thetas=st.lists(st.floats(-2.9, -0.1), min_size=1, max_size=5))
@@ -72,11 +79,11 @@ def test_bisection_and_grid_find_the_median_of_the_seeds_boundaries(thetas):
     runs = by_bisection(stable, len(thetas))
     assert len(runs) <= 6 * len(thetas)
     grid = on_grid(stable, len(thetas), 31)
-    for (boundary,) in (frontier(runs), frontier(grid)):
+    for (boundary,) in (frontier_of_runs(runs), frontier_of_runs(grid)):
         assert boundary.status == "bracketed"
         assert boundary.group == GROUP
         assert not boundary.non_monotone
-        assert boundary.n_seeds == len(thetas)
+        assert len(boundary.seeds) == len(thetas)
         assert math.log10(boundary.lr_max) == pytest.approx(median, abs=0.051)
         assert boundary.low <= boundary.lr_max <= boundary.high
         assert math.log10(boundary.low) <= min(thetas) <= math.log10(boundary.low) + 0.101
@@ -90,7 +97,7 @@ def test_bisection_and_grid_find_the_median_of_the_seeds_boundaries(thetas):
 def test_intervals_hold_the_boundary_as_often_as_they_say(design, between, within):
     """Boundaries that differ between seeds, runs near them that are stable by chance alone, and both."""
     rng = random.Random(0)
-    repetitions = 150
+    repetitions = 60
     for n in (2, 3, 5):
         hits = 0
         for _ in range(repetitions):
@@ -101,7 +108,7 @@ def test_intervals_hold_the_boundary_as_often_as_they_say(design, between, withi
                 chance = rng.random()
                 return x < thetas[seed] + (within * math.log(chance / (1 - chance)) if within else 0)
 
-            (boundary,) = frontier(design(stable, n))
+            (boundary,) = frontier_of_runs(design(stable, n))
             assert boundary.confidence == 1 - 2 ** (1 - n)
             hits += boundary.low <= 10**lr_max <= boundary.high
         level = boundary.confidence
@@ -110,22 +117,22 @@ def test_intervals_hold_the_boundary_as_often_as_they_say(design, between, withi
 
 def test_an_interval_of_many_seeds_leaves_out_the_extremes():
     thetas = [-1.495 + 0.02 * i for i in range(20)]
-    (boundary,) = frontier(on_grid(lambda x, seed: x < thetas[seed], 20, 301))
+    (boundary,) = frontier_of_runs(on_grid(lambda x, seed: x < thetas[seed], 20, 301))
     assert boundary.confidence == pytest.approx(0.9586, abs=1e-4)  # 1 - 2 P(Bin(20, ½) < 6)
     assert math.log10(boundary.low) == pytest.approx(thetas[5] - 0.005)
     assert math.log10(boundary.high) == pytest.approx(thetas[14] + 0.005)
 
 
 def test_one_seed_says_nothing_about_others():
-    (boundary,) = frontier([result(0.01), result(0.04, False)])
+    (boundary,) = frontier_of_runs([result(0.01), result(0.04, False)])
     assert boundary.confidence == 0
-    assert (boundary.low, boundary.high, boundary.n_seeds, boundary.n_runs) == (0.01, 0.04, 1, 2)
+    assert (boundary.low, boundary.high, len(boundary.seeds), boundary.n_runs) == (0.01, 0.04, 1, 2)
     assert boundary.lr_max == pytest.approx(0.02)
 
 
 def test_stable_or_unstable_everywhere_gives_a_one_sided_interval():
     def everywhere(stable):
-        (boundary,) = frontier(by_bisection(lambda x, seed: stable, 3))
+        (boundary,) = frontier_of_runs(by_bisection(lambda x, seed: stable, 3))
         return boundary
 
     high = everywhere(True)
@@ -133,14 +140,12 @@ def test_stable_or_unstable_everywhere_gives_a_one_sided_interval():
     low = everywhere(False)
     assert low.status == "all_unstable"
     assert (low.lr_max, low.low, low.high) == (pytest.approx(1e-3), 0.0, 1e-3)
-    assert low.best_lr is None
-    assert low.best_loss == 5.0
 
 
 def test_the_median_seed_decides_whether_the_boundary_is_bracketed():
     def of(*seeds):
         runs = [result(lr, stable, seed=i) for i, outcomes in enumerate(seeds) for lr, stable in outcomes.items()]
-        (boundary,) = frontier(runs)
+        (boundary,) = frontier_of_runs(runs)
         return boundary
 
     bracketed, stable = {0.01: True, 0.02: False}, {0.01: True, 0.02: True}
@@ -160,14 +165,14 @@ def test_seeds_that_are_not_monotone_are_named_and_widen_the_interval():
     rates = [0.001, 0.003, 0.01, 0.03, 0.1]
     rows = {0: [1, 1, 1, 0, 0], 1: [1, 0, 1, 0, 0], 2: [1, 1, 0, 0, 1], 3: [0, 0, 0, 0, 1]}
     runs = [result(lr, bool(s), seed=seed) for seed, row in rows.items() for lr, s in zip(rates, row, strict=True)]
-    (boundary,) = frontier(runs)
+    (boundary,) = frontier_of_runs(runs)
     assert boundary.non_monotone == (
         SeedBoundary(1, 0.001, 0.03, (0.003, 0.01)),  # one run is wrong, either at 0.003 or at 0.01
         SeedBoundary(2, 0.003, 0.01, (0.01, 0.1)),
         SeedBoundary(3, 0.0, 0.001, (0.001, 0.1)),
     )
     assert (boundary.low, boundary.high) == (0.0, 0.03)
-    (torn,) = frontier([result(0.01, False), result(0.04)])
+    (torn,) = frontier_of_runs([result(0.01, False), result(0.04)])
     assert torn.seeds == (SeedBoundary(0, 0.0, math.inf, (0.01, 0.04)),)
     assert torn.lr_max == pytest.approx(0.02)
 
@@ -175,9 +180,8 @@ def test_seeds_that_are_not_monotone_are_named_and_widen_the_interval():
 def test_groups_are_kept_apart_and_in_order():
     other = Group("adamw")
     runs = [result(0.01, group=other), result(0.02), result(0.3, False, group=other), result(0.4, False)]
-    assert [(b.group, b.low, b.high) for b in frontier(iter(runs))] == [(other, 0.01, 0.3), (GROUP, 0.02, 0.4)]
-    assert [s.group for s in survival(iter(runs))] == [other, GROUP]
-    assert frontier([]) == []
+    assert [(b.group, b.low, b.high) for b in frontier_of_runs(iter(runs))] == [(other, 0.01, 0.3), (GROUP, 0.02, 0.4)]
+    assert list(survival(tabulate(runs))) == [other, GROUP]
 
 
 # Losses
@@ -188,31 +192,25 @@ def test_lr_sensitivity_of_a_grid_is_the_papers_mean():
     rates = [3e-4 * 10 ** (i / 2) for i in range(7)]
     runs = [result(lr, val_loss=loss) for lr, loss in zip(rates, losses, strict=True)]
     runs += [r._replace(cell=GROUP.cell(r.cell.lr, 1), outcome=r.outcome._replace(val_loss=2.5)) for r in runs]
-    (boundary,) = frontier(runs)
+    (boundary,) = frontier_of_runs(runs, rates)
     expected = mean([3.1, 2.4, 2.0, 2.2, 4.9, 5.0, 5.0]) - 2.0
     assert boundary.lr_sensitivity == pytest.approx((expected + 0) / 2)
-    assert boundary.best_loss == pytest.approx((2.0 + 2.5) / 2)
-    assert boundary.best_lr == pytest.approx(3e-4)  # the lower of 3e-4 (all are equal) and 3e-3
+    dense = [result(0.1 * 1.002**i, val_loss=9.0) for i in range(1, 20)]
+    assert frontier_of_runs([*runs, *dense], rates)[0].lr_sensitivity == boundary.lr_sensitivity, "of the grid alone"
 
 
-def test_lr_sensitivity_does_not_depend_on_where_runs_are_dense():
-    rates = [10 ** (-3 + i / 4) for i in range(13)]
-    dense = [0.1 * 1.002**i for i in range(1, 20)]
-    (even,) = frontier([result(lr, val_loss=2.0 if lr < 0.1 else 4.0) for lr in rates])
-    (uneven,) = frontier([result(lr, val_loss=2.0 if lr < 0.1 else 4.0) for lr in [*rates, *dense]])
-    assert even.lr_sensitivity == pytest.approx(2 * 5 / 13)
-    assert uneven.lr_sensitivity == pytest.approx(even.lr_sensitivity, abs=0.03)
-
-
-def test_lr_sensitivity_needs_two_learning_rates():
-    (boundary,) = frontier([result(0.01), result(0.1, seed=1)])
+@pytest.mark.parametrize(
+    "runs, rates",
+    [
+        ([result(0.01), result(0.1)], []),  # a bisection
+        ([result(0.01), result(0.1, seed=1)], [0.01, 0.1]),  # no seed has both
+        ([result(0.01), result(0.1)], [0.01, 0.03, 0.1]),  # one is missing
+        ([result(lr, stable=False, val_loss=None) for lr in (0.01, 0.1)], [0.01, 0.1]),
+    ],
+)
+def test_there_is_no_lr_sensitivity_without_a_common_grid_or_a_loss(runs, rates):
+    (boundary,) = frontier_of_runs(runs, rates)
     assert boundary.lr_sensitivity is None
-
-
-def test_a_seed_that_always_diverged_has_no_lr_sensitivity():
-    (boundary,) = frontier([result(lr, stable=False, val_loss=None) for lr in (0.01, 0.1)])
-    assert boundary.lr_sensitivity is None
-    assert boundary.best_lr is None
 
 
 def test_survival_is_kaplan_meiers():
@@ -221,33 +219,24 @@ def test_survival_is_kaplan_meiers():
     censored = [6, 9, 10, 11, 17, 19, 20, 25, 32, 32, 34, 35]
     runs = [result(0.01, False, collapsed_at=step) for step in collapsed]
     runs += [result(0.01, steps=step) for step in censored]
-    (curve,) = survival(runs)
-    assert curve.steps == (0, 6, 7, 10, 13, 16, 22, 23, 300)
-    published = (1, 0.857, 0.807, 0.753, 0.690, 0.627, 0.538, 0.448, 0.448)
-    assert curve.survival == pytest.approx(published, abs=6e-4)
-    assert (curve.low[1], curve.high[1]) == pytest.approx((0.620, 0.952), abs=6e-4)
-    assert (curve.low[-1], curve.high[-1]) == pytest.approx((0.188, 0.680), abs=6e-4)
-    assert (curve.n_runs, curve.n_collapsed) == (21, 9)
+    (curve,) = survival(tabulate(runs)).values()
+    at = curve.set_index("step")
+    published = {0: 1, 6: 0.857, 7: 0.807, 10: 0.753, 13: 0.690, 16: 0.627, 22: 0.538, 23: 0.448, 35: 0.448}
+    assert at["share"][[*published]].tolist() == pytest.approx([*published.values()], abs=6e-4)
+    assert (at["low"][6], at["high"][6]) == pytest.approx((0.620, 0.952), abs=6e-4)
+    assert (at["low"][35], at["high"][35]) == pytest.approx((0.188, 0.680), abs=6e-4)
 
 
 def test_a_run_that_diverged_has_collapsed_and_one_that_ended_early_is_censored():
+    def curve(*runs):
+        (found,) = survival(tabulate(runs)).values()
+        return found.to_numpy().tolist()
+
     diverged = result(0.1, False, collapsed_at=None, diverged_at=120, steps=120)
-    (curve,) = survival([diverged, result(0.1, seed=1, steps=50), result(0.1, seed=2)])
-    assert curve.steps == (0, 120, 300)
-    assert curve.survival == (1, 0.5, 0.5)
-    (all_of_them,) = survival([diverged, diverged])
-    assert (all_of_them.steps, all_of_them.survival) == ((0, 120), (1, 0))
-    assert (all_of_them.low, all_of_them.high) == ((1, 0), (1, 1))
-    (none,) = survival([result(0.1)])
-    assert (none.steps, none.survival, none.low) == ((0, 300), (1, 1), (1, 1))
-
-
-@pytest.mark.parametrize(
-    "degrees, quantile",
-    [(1, 12.7062), (2, 4.30265), (3, 3.18245), (4, 2.77645), (5, 2.57058), (9, 2.26216), (30, 2.04227), (100, 1.98397)],
-)
-def test_quantiles_of_students_t(degrees, quantile):
-    assert _t_quantile(0.975, degrees) == pytest.approx(quantile, rel=2e-6)
+    shares = [(step, share) for step, share, *_ in curve(diverged, result(0.1, seed=1, steps=50), result(0.1, seed=2))]
+    assert shares == [(0, 1), (50, 1), (120, 0.5), (300, 0.5)]
+    assert curve(diverged, diverged) == [[0, 1, 1, 1], [120, 0, 0, 1]]
+    assert curve(result(0.1)) == [[0, 1, 1, 1], [300, 1, 1, 1]]
 
 
 def test_paired_differences_and_their_interval():
@@ -257,40 +246,116 @@ def test_paired_differences_and_their_interval():
     runs = [result(0.1, group=msign, seed=i, val_loss=loss) for i, loss in enumerate(ours)]
     runs += [result(0.1, group=qk_norm, seed=i, val_loss=loss) for i, loss in enumerate(theirs)]
     runs += [result(0.1, group=adamw, seed=i, val_loss=0.0) for i in range(4)]
-    runs += [result(0.1, group=qk_norm, seed=9), result(0.1, group=msign, seed=8), result(0.2, group=msign)]
-    (difference,) = paired_differences(runs, "adamw")
+    (found,) = [r for r in summarize(tabulate(runs), "adamw") if r.group == msign]
     deltas = [a - b for a, b in zip(ours, theirs, strict=True)]
     half = 3.18245 * stdev(deltas) / 2
-    assert (difference.group, difference.lr) == (msign, 0.1)
-    assert difference.mean == pytest.approx(mean(deltas))
-    assert (difference.low, difference.high) == pytest.approx((mean(deltas) - half, mean(deltas) + half), rel=1e-5)
-    assert (difference.n_better, difference.n_worse, difference.n_finite, difference.n_unpaired) == (3, 1, 4, 1)
+    assert found.comparison.differences == pytest.approx(deltas)
+    assert found.comparison.interval() == pytest.approx((mean(deltas) - half, mean(deltas) + half), rel=1e-5)
+    assert found.better == 3
+    for changed in ([result(0.1, group=qk_norm, seed=9)], [runs[0]._replace(stable=False)]):
+        more = [*runs[1:], *changed] if not changed[0].stable else [*runs, *changed]
+        (found,) = [r for r in summarize(tabulate(more), "adamw") if r.group == msign]
+        assert found.comparison is None, "the same seeds, and all of them stable"
 
 
 @given(st.lists(st.tuples(*[st.none() | st.sampled_from([1.0, 2.0, 3.0])] * 2), min_size=1, max_size=8))
 @settings(deadline=None, derandomize=True)
-def test_diverged_runs_are_counted_in_pairs(pairs):
+def test_a_run_that_diverged_is_the_worse_one(pairs):
     groups = (GROUP, Group("adamw"))
     runs = [
-        result(0.1, seed=seed, group=group, val_loss=loss)
+        result(0.1, loss is not None, seed=seed, group=group, val_loss=loss)
         for seed, losses in enumerate(pairs)
         for group, loss in zip(groups, losses, strict=True)
     ]
-    (d,) = paired_differences(runs, "adamw")
-    ours, theirs = ([math.inf if loss is None else loss for loss in losses] for losses in zip(*pairs, strict=True))
-    both = list(zip(ours, theirs, strict=True))
-    assert d.n_better == sum(a < b for a, b in both)
-    assert d.n_worse == sum(a > b for a, b in both)
-    assert d.n_both_diverged == pairs.count((None, None))
-    assert d.n_better + d.n_worse + d.n_equal + d.n_both_diverged == len(pairs)
-    assert d.n_finite + d.n_diverged + d.n_baseline_diverged + d.n_both_diverged == len(pairs)
-    assert (d.mean is None) == (d.n_finite == 0)
-    assert (d.low is None) == (d.high is None) == (d.n_finite < 2)
+    found = summarize(tabulate(runs), "adamw")[0]
+    lost = [(math.inf if a is None else a, math.inf if b is None else b) for a, b in pairs]
+    assert found.better == sum(a < b for a, b in lost)
+    assert (found.comparison is None) == (any(None in pair for pair in pairs) or len(pairs) < 2)
+    assert (found.mean is None) == any(ours is None for ours, _ in pairs)
 
 
 def test_an_unknown_baseline_is_an_error():
     with pytest.raises(ValueError, match=r"baseline must be an arm with runs, \['msign'\], got 'adam'"):
-        paired_differences([result(0.1)], "adam")
+        summarize(tabulate([result(0.1)]), "adam")
+
+
+# Verdicts
+
+
+def test_a_verdict_needs_three_seeds_and_is_corrected_for_the_number_of_comparisons():
+    clear, unclear = Comparison([-1.0, -1.01, -0.99]), Comparison([-1.0, -1.3, -0.9])
+    assert 0.01 < unclear.p < 0.05
+    assert judge([unclear]) == ["lower"]
+    assert judge([clear, unclear]) == ["lower", "lower"]
+    assert judge([unclear] * 5) == ["undecided"] * 5
+    assert judge([clear, *[unclear] * 5]) == ["lower", *["undecided"] * 5]
+    assert judge([Comparison([1.0, 1.0])]) == [None]
+    assert judge([Comparison([1.0, 1.0]), Comparison([2.0, 2.0, 2.0]), Comparison([0.0] * 3)]) == [
+        None,
+        "higher",
+        "undecided",
+    ]
+    assert judge([Comparison([1.0, 1.0, 1.0], noise=2.0)]) == ["undecided"]
+    assert judge([]) == []
+
+
+def false_verdicts(draw_comparisons, repetitions=400):
+    """Share of studies of equal arms with a wrong verdict."""
+    rng = random.Random(0)
+    return mean(bool({"lower", "higher"} & {*judge(draw_comparisons(rng))}) for _ in range(repetitions))
+
+
+@pytest.mark.parametrize("seeds", [3, 5])
+@pytest.mark.parametrize("arms", [1, 11])
+@pytest.mark.parametrize("noise", ["normal", "heavy-tailed"])
+def test_equal_arms_are_told_apart_in_at_most_five_percent_of_studies(seeds, arms, noise):
+    """Losses at one learning rate; all arms are compared with the same baseline."""
+
+    def loss(rng):
+        return rng.gauss(0, 1) / (1 if noise == "normal" else math.sqrt(rng.gammavariate(1.5, 2) / 3))  # Student's, 3
+
+    def study(rng):
+        baseline = [loss(rng) for _ in range(seeds)]
+        return [Comparison([loss(rng) - theirs for theirs in baseline]) for _ in range(arms)]
+
+    share = false_verdicts(study)
+    assert share <= 0.05 + 2 * math.sqrt(0.05 * 0.95 / 400)
+    if arms == 1 and noise == "normal":
+        assert share > 0.02, "the rate is not bought by never deciding"
+
+
+@pytest.mark.parametrize("seeds", [3, 5])
+@pytest.mark.parametrize("between, within", [(0.02, 0.0), (0.2, 0.0), (0.0, 0.1), (0.2, 0.1)])
+def test_equal_boundaries_are_told_apart_in_at_most_five_percent_of_studies(seeds, between, within):
+    """Boundaries of eleven arms by bisection, and on a coarse grid, against a baseline: no finer than the brackets."""
+
+    def boundary(rng, design, group, middle):
+        thetas = [rng.gauss(middle, between) for _ in range(seeds)]
+
+        def stable(x, seed):
+            chance = rng.random()
+            return x < thetas[seed] + (within * math.log(chance / (1 - chance)) if within else 0)
+
+        return frontier_of_runs([run._replace(cell=group.cell(run.cell.lr, run.cell.seed)) for run in design(stable)])[
+            0
+        ]
+
+    def study(rng):
+        middle = rng.uniform(-2.3, -0.7)
+        design = rng.choice([lambda s: by_bisection(s, seeds), lambda s: on_grid(s, seeds, 7)])
+        reference, *others = (boundary(rng, design, Group(str(i)), middle) for i in range(6))
+        return [other.against(reference) for other in others]
+
+    assert false_verdicts(study, 60) <= 0.05 + 2 * math.sqrt(0.05 * 0.95 / 60)
+
+
+def test_boundaries_that_differ_are_told_apart():
+    thetas = {"low": -2.3, "high": -1.0}
+    (low,), (high,) = (
+        frontier_of_runs(by_bisection(lambda x, seed, t=theta: x < t + 0.05 * seed, 3)) for theta in thetas.values()
+    )
+    assert judge([high.against(low), low.against(high)]) == ["higher", "lower"]
+    assert high.against(low._replace(seeds=low.seeds[:2])) is None
 
 
 # Throughput
@@ -328,8 +393,6 @@ def test_throughput_that_can_not_be_fitted(periods, throughput, message):
 
 
 def test_results_are_plain_values():
-    (boundary,) = frontier(by_bisection(lambda x, seed: x < -1, 2))
+    (boundary,) = frontier_of_runs(by_bisection(lambda x, seed: x < -1, 2))
     assert isinstance(boundary, Boundary)
-    numbers = [value for value in boundary if isinstance(value, (int, float))]
-    assert len(numbers) == 8
-    assert {type(value) for value in numbers} == {int, float}
+    assert {type(value) for value in boundary if isinstance(value, (int, float))} == {int, float}

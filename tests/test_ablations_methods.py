@@ -12,12 +12,13 @@ from lightning.pytorch.plugins import MixedPrecision
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from msign_lightning import select_targets, stable_rank
-from msign_lightning.ablations import trial
+from msign_lightning.ablations import training
+from msign_lightning.ablations.baselines import Muon, ZClip
+from msign_lightning.ablations.cell import Criterion, find_collapse, smooth
 from msign_lightning.ablations.methods import ARMS, Arm
-from msign_lightning.ablations.muon import Muon
-from msign_lightning.ablations.study import Bisect, Criterion, Study, StudyError, load
-from msign_lightning.ablations.trial import Recorder, check, count_spikes, find_collapse, run_cell, smooth
-from msign_lightning.ablations.zclip import ZClip
+from msign_lightning.ablations.program import check, count_spikes, outcome_of, run_cell
+from msign_lightning.ablations.reader import StudyError
+from msign_lightning.ablations.study import Bisect, Study, load
 from msign_lightning.recipes.train import load_recipe
 
 STEPS, PERIOD = 40, 10
@@ -26,8 +27,19 @@ LAST = {"msign_first_quarter": 10, "msign_first_half": 20, "msign": 30, "cap_fir
 
 
 def make(**changed):
-    given = {"arms": list(ARMS), "factors": {"lr": [0.01], "period": [PERIOD]}, "seeds": [0], "steps": STEPS, **changed}
-    return Study(name="s", recipe="tiny/prose", **given)
+    given = {
+        "program": "tiny/prose",
+        "arms": list(ARMS),
+        "factors": {"lr": [0.01], "period": [PERIOD]},
+        "seeds": [0],
+        "steps": STEPS,
+        **changed,
+    }
+    return Study(name="s", **given)
+
+
+def first_cell(study):
+    return next(iter(study.cells.values()))
 
 
 def scalars(folder, tag):
@@ -41,8 +53,8 @@ def trained(tmp_path_factory):
     """The outcomes of all arms by name, and the folder of their logs by name."""
     folder = tmp_path_factory.mktemp("logs")
     study = make()
-    outcomes = {cell.arm: run_cell(study, cell, folder) for cell in study.cells()}
-    return outcomes, {cell.arm: folder / cell.folder for cell in study.cells()}
+    outcomes = {cell.arm: run_cell(study, cell, folder) for cell in study.cells.values()}
+    return outcomes, {cell.arm: folder / cell.folder for cell in study.cells.values()}
 
 
 def loss_curve(outcome):
@@ -65,7 +77,7 @@ class TestArms:
         assert 2 < outcome.val_loss < outcome.initial_loss
         assert (outcome.diverged_at, outcome.collapsed_at) == (None, None)
         assert 1 <= outcome.stable_rank <= 32
-        assert outcome.tokens_per_second > 0
+        assert outcome.steps_per_second > 0
         assert outcome.seconds > 0
 
     def test_arms_with_the_same_seed_have_the_same_weights_and_data(self):
@@ -74,7 +86,7 @@ class TestArms:
             study = make(
                 arms=[arm], seeds=[seed], factors={"lr": [0.01]}, settings={} if arm == "adamw" else {"period": 5}
             )
-            recipe = trial._build(study, study.cells()[0])
+            recipe = training._build(study, first_cell(study))
             recipe.datamodule.setup("fit")
             loader = recipe.datamodule.train_dataloader()
             starts[arm, seed] = [*recipe.model.parameters(), *(loader.batch(i) for i in range(3))]
@@ -126,8 +138,8 @@ class TestArms:
 
 class TestTrials:
     def test_a_cell_gives_the_same_again(self, trained, tmp_path):
-        cell = make().cells()[0]
-        timing = {"seconds": 0, "tokens_per_second": 0}
+        cell = first_cell(make())
+        timing = {"seconds": 0, "steps_per_second": 0}
         again = run_cell(make(), cell, tmp_path)
         assert again._replace(**timing) == trained[0][cell.arm]._replace(**timing)
         assert run_cell(make(), cell._replace(seed=1), tmp_path).initial_loss != again.initial_loss
@@ -145,7 +157,7 @@ class TestTrials:
 
     def test_another_try_replaces_the_logs(self, tmp_path):
         study = make(arms=["adamw"], factors={"lr": [0.01]}, steps=20)
-        (cell,) = study.cells()
+        cell = first_cell(study)
         for _ in range(2):
             run_cell(study, cell, tmp_path)
         assert [step for step, _ in scalars(tmp_path / cell.folder, "loss/val")] == [20]
@@ -153,17 +165,17 @@ class TestTrials:
     @pytest.mark.parametrize("arm", ["adamw", "msign"])
     def test_divergence_is_an_outcome(self, tmp_path, arm):
         study = make(arms=[arm], factors={"lr": [1e30]}, settings={"period": 1, "model.warmup_steps": 0})
-        outcome = run_cell(study, study.cells()[0], tmp_path)
+        outcome = run_cell(study, first_cell(study), tmp_path)
         assert 2 <= outcome.diverged_at == outcome.collapsed_at <= 5
         assert (outcome.val_loss, outcome.final_loss, outcome.stable_rank) == (None, None, None)
         assert outcome.steps == 19, "the run ends where losses are next brought from the device"
         assert outcome.curve[-1][0] == outcome.diverged_at - 1
         json.dumps(outcome.as_dict(), allow_nan=False)
-        assert not study.criterion.is_stable(outcome)
+        assert not study.stability.is_stable(outcome)
 
     def test_reports_and_pruning(self, tmp_path):
         study = make(arms=["adamw"], factors={"lr": [0.01]}, steps=60)
-        (cell,) = study.cells()
+        cell = first_cell(study)
         seen = []
         outcome = run_cell(study, cell, tmp_path, lambda step, loss: seen.append((step, loss)))
         assert [step for step, _ in seen] == [19, 39, 59, 60]
@@ -180,7 +192,7 @@ class TestTrials:
             settings={"period": 10, "trainer.accumulate_grad_batches": 2},
             steps=20,
         )
-        (cell,) = study.cells()
+        cell = first_cell(study)
         outcome = run_cell(study, cell, tmp_path)
         assert outcome.steps == outcome.curve[-1][0] == 20
         assert [step for step, _ in scalars(tmp_path / cell.folder, "msign/changed")] == [10]
@@ -196,7 +208,7 @@ class TestTrials:
             settings={"model.config.width": 16},
             steps=20,
         )
-        recorded = [run_cell(study, cell, tmp_path) for cell in study.cells()]
+        recorded = [run_cell(study, cell, tmp_path) for cell in study.cells.values()]
         assert all(outcome.stable_rank <= 16 for outcome in recorded)
         assert recorded[0].initial_loss != recorded[1].initial_loss
 
@@ -204,12 +216,11 @@ class TestTrials:
         study = make()
         (tmp_path / "file").touch()
         with pytest.raises(ValueError, match="default_root_dir must be a folder that can be written to"):
-            run_cell(study, study.cells()[0], tmp_path / "file")
+            run_cell(study, first_cell(study), tmp_path / "file")
 
     def test_a_validation_loss_that_is_not_finite_is_divergence(self):
-        recorder = Recorder()
-        recorder.losses, recorder.steps, recorder._timed = [5.0, 4.0], 2, [(10, 1.0)]
-        outcome = recorder.outcome(math.inf, Criterion())
+        speed = {"steps": 2, "seconds": 1.0, "steps_per_second": 2.0}
+        outcome = outcome_of([(1, 5.0), (2, 4.0)], math.inf, Criterion(), **speed)
         assert (outcome.diverged_at, outcome.val_loss, outcome.collapsed_at) == (2, None, 2)
 
 
@@ -244,11 +255,11 @@ class TestChecks:
     def test_errors_name_the_line_of_the_study_file(self, tmp_path):
         file = tmp_path / "mine.yaml"
         file.write_text(
-            "recipe: tiny/prose\nsteps: 300\narms:\n- adamw\n- msign\nfactors:\n  lr: [0.1]\n"
+            "program: tiny/prose\nsteps: 300\narms:\n- adamw\n- msign\nfactors:\n  lr: [0.1]\n"
             "  model.config.norm: [rmsnorm, batchnorm]\nseeds: [0]\n"
         )
         with pytest.raises(
-            StudyError, match=r"mine.yaml:8: adamw \(model.config.norm=batchnorm\): the recipe tiny/prose"
+            StudyError, match=r"mine.yaml:8: adamw \(model.config.norm=batchnorm\): tiny/prose can't be built"
         ):
             check(load(file))
 
@@ -259,21 +270,19 @@ class TestLosses:
         assert smooth(losses) == pytest.approx([fmean(losses[max(0, i - 19) : i + 1]) for i in range(70)])
 
     @pytest.mark.parametrize(
-        ("smoothed", "diverged_at", "collapsed_at"),
+        ("smoothed", "collapsed"),
         [
-            ([5, 4, 3, 2], None, None),
-            ([5, 4, 3, 3.5, 3.5], None, None),
-            ([5, 4, 3, 3.6, 3.6], None, 4),
-            ([5, 4, 3, 3.6, 3.4, 3.6], None, 6),
-            ([5, 3, 6, 2, 2], None, None),
-            ([5, 5.1, 5.2], None, 2),
-            ([5, 4, 3], 4, 4),
-            ([5, 4, 3, 3.6], 5, 4),
-            ([5], 2, 2),
+            ([5, 4, 3, 2], None),
+            ([5, 4, 3, 3.5, 3.5], None),
+            ([5, 4, 3, 3.6, 3.6], 3),
+            ([5, 4, 3, 3.6, 3.4, 3.6], 5),
+            ([5, 3, 6, 2, 2], None),
+            ([5, 5.1, 5.2], 1),
+            ([5], None),
         ],
     )
-    def test_collapse_is_the_begin_of_what_never_recovers(self, smoothed, diverged_at, collapsed_at):
-        assert find_collapse(smoothed, 0.5, diverged_at) == collapsed_at
+    def test_collapse_is_the_begin_of_what_never_recovers(self, smoothed, collapsed):
+        assert find_collapse(smoothed, 0.5) == collapsed
 
     def test_spikes_are_counted_once_each(self):
         losses = [3.0] * 120
@@ -355,7 +364,7 @@ class TestMuon:
             "tiny/prose",
             "--use_msign=false",
             "--trainer.logger=false",
-            "--model.optimizer=msign_lightning.ablations.muon.Muon",
+            "--model.optimizer=msign_lightning.ablations.baselines.Muon",
         )
         model, lr = recipe.model, 0.01
         before = {name: p.detach().clone() for name, p in model.named_parameters()}
@@ -419,3 +428,36 @@ class TestTriggered:
         assert flatten.ranks[4] < 2
         assert flatten.ranks[5] > 4, "measured and restored at step 5"
         assert max(flatten.ranks[step] for step in range(12, 20)) < 2
+
+
+def die_at_39(step, loss):
+    return 1 / (39 - step) > 1
+
+
+class TestLegs:
+    @pytest.mark.parametrize("arm", ["adamw", "zclip", "muon", "cap", "msign_triggered", "spike_no_more"])
+    def test_a_run_that_goes_on_from_its_last_leg_gives_the_same(self, trained, tmp_path, arm):
+        study = make(arms=[arm], factors={"lr": [0.01], **({"period": [PERIOD]} if ARMS[arm].until else {})})
+        cell = first_cell(study)
+        with pytest.raises(ZeroDivisionError):
+            run_cell(study, cell, tmp_path, die_at_39, legs=3)
+        (saved,) = (tmp_path / cell.folder).glob("*.ckpt")
+        assert torch.load(saved, weights_only=False)["global_step"] == 28
+        seen = []
+        again = run_cell(study, cell, tmp_path, lambda step, loss: seen.append(step), legs=3)
+        assert seen == [39, 40]
+        timing = {"seconds": 0, "steps_per_second": 0}
+        assert again._replace(**timing) == trained[0][arm]._replace(**timing)
+        assert not saved.exists()
+
+    def test_a_leg_of_another_run_is_not_gone_on_from(self, tmp_path):
+        def make_with(size):
+            return make(arms=["adamw"], factors={"lr": [0.01]}, settings={"data.batch_size": size})
+
+        cell = first_cell(make_with(4))
+        with pytest.raises(ZeroDivisionError):
+            run_cell(make_with(4), cell, tmp_path, die_at_39, legs=2)
+        for size, expected in ((8, [19, 39, 40]), (4, [39, 40])):
+            seen = []
+            run_cell(make_with(size), cell, tmp_path, lambda step, loss, seen=seen: seen.append(step), legs=2)
+            assert seen == expected

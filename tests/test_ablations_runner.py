@@ -1,5 +1,6 @@
 """The runner of studies: storages, cells shared by parents, and real processes that are killed."""
 
+import itertools
 import multiprocessing
 import os
 import random
@@ -8,6 +9,7 @@ import resource
 import shutil
 import signal
 import socket
+import statistics
 import subprocess
 import sys
 import tempfile
@@ -25,11 +27,12 @@ from optuna.trial import TrialState
 
 from msign_lightning.ablations import ledger as ledger_module
 from msign_lightning.ablations.cell import Outcome
+from msign_lightning.ablations.launch import Crashed, Finished, Pool
 from msign_lightning.ablations.ledger import Ledger, exists
-from msign_lightning.ablations.pool import Crashed, Finished, Pool
-from msign_lightning.ablations.runner import results, run
+from msign_lightning.ablations.reader import StudyError
+from msign_lightning.ablations.runner import cores, results, run, run_alone
 from msign_lightning.ablations.storage import JOURNAL, StorageError, opened, reading
-from msign_lightning.ablations.study import Bisect, Grid, Study, StudyError, Tpe, load
+from msign_lightning.ablations.study import Bisect, Grid, Study, Tpe, Variant, load
 
 ROOT = Path(__file__).parent.parent
 SMALL = {
@@ -47,7 +50,7 @@ PATIENCE = 180.0
 def study(**changes):
     values = {
         "name": "tiny",
-        "recipe": "tiny/prose",
+        "program": "tiny/prose",
         "steps": 20,
         "arms": ["adamw", "msign"],
         "factors": {"lr": [0.003, 0.03], "period": [5]},
@@ -75,7 +78,7 @@ def outcome(val_loss=2.0, **changes):
         "max_grad_norm": 1.0,
         "stable_rank": 4.0,
         "steps": 20,
-        "tokens_per_second": 1e4,
+        "steps_per_second": 1e4,
         "seconds": 1.0,
         "curve": ((1, 5.0), (20, 2.0)),
     }
@@ -107,7 +110,7 @@ def assert_each_cell_once(study, backend):
     assert len(set(cells)) == len(cells)
     match study.sampler:
         case Grid():
-            assert set(cells) == {cell.key for cell in study.cells()}
+            assert set(cells) == set(study.cells)
         case Tpe(trials=trials):
             assert len(cells) == trials
         case Bisect(runs=runs):
@@ -190,7 +193,7 @@ class TestStorage:
             assert journal.read_bytes() == whole
             assert not lock.is_symlink()
             train_all(Ledger(cells, backend, alone=alone))
-        assert len(results(cells, storage=str(journal))) == len(cells.cells())
+        assert len(results(cells, storage=str(journal))) == len(cells.cells)
 
     def test_a_damaged_end_is_not_written_on(self, tmp_path):
         with opened(None, tmp_path) as (backend, alone):
@@ -211,7 +214,7 @@ class TestStorage:
         ):
             train_all(Ledger(cells, backend, alone=alone), finished)
         assert not (tmp_path / JOURNAL).read_bytes().endswith(b"\n")
-        assert 2 <= len(finished) < len(cells.cells())
+        assert 2 <= len(finished) < len(cells.cells)
         with opened(None, tmp_path) as (backend, alone):
             done = trials_of(cells, backend, TrialState.COMPLETE)
             assert [trial.user_attrs["cell"] for trial in done] == finished
@@ -243,7 +246,7 @@ class TestStorage:
     )
     def test_what_can_not_be_used_is_refused(self, tmp_path, url, reason):
         text = tmp_path / "study.yaml"
-        text.write_text("recipe: tiny/prose\nsteps: 20")
+        text.write_text("program: tiny/prose\nsteps: 20")
         with (
             pytest.raises(StorageError, match=reason) as error,
             opened(url.format(text=text, folder=tmp_path), tmp_path / "folder"),
@@ -274,7 +277,7 @@ class TestLedger:
             Ledger(study(), backend, alone=alone)
             assert exists(study(), backend)
             for refused in (lambda: exists(changed, backend), lambda: Ledger(changed, backend, alone=alone)):
-                with pytest.raises(StudyError, match=r"steps: 20 → 40; seeds: \[0, 1\] → \[0, 1, 2\]"):
+                with pytest.raises(StudyError, match="for arms, factors and seeds: steps: 20 → 40; run what"):
                     refused()
 
     def test_what_a_trial_holds(self, tmp_path):
@@ -282,13 +285,13 @@ class TestLedger:
         with opened(None, tmp_path) as (backend, alone):
             ledger = Ledger(cells, backend, alone=alone)
             first, second = ledger.claim(), ledger.claim()
-            assert [first.cell, second.cell] == cells.cells()[:2]
-            assert not any(ledger.report(first, step, 5.0 - step / 20) for step in (10, 20, 10))
+            assert [first.cell, second.cell] == list(cells.cells.values())[:2]
+            assert not any(ledger.progress(first, step, 5.0 - step / 20) for step in (10, 20, 10))
             ledger.finish(first, outcome())
             ledger.finish(second, DIVERGED)
             stable, diverged = trials_of(cells, backend, TrialState.COMPLETE)
-        betas = {"model.optimizer.betas": "0.9,0.95"}
-        assert stable.params == {"arm": "adamw", "lr": 0.003, "seed": 0, **betas}
+        assert stable.params == {"lr": 0.003, "seed": 0}
+        assert (stable.user_attrs["arm"], stable.user_attrs["model.optimizer.betas"]) == ("adamw", "0.9,0.95")
         assert stable.intermediate_values == {10: 4.5, 20: 4.0}
         assert (stable.value, stable.constraints) == (2.0, {"unstable": -1.0})
         assert (diverged.value, diverged.constraints) == (10.0, {"unstable": 1.0})
@@ -327,7 +330,7 @@ class TestLedger:
             ledger = Ledger(cells, backend, alone=alone)
             for loss in range(7):
                 claim = ledger.claim()
-                pruned = ledger.report(claim, 10, float(loss))
+                pruned = ledger.progress(claim, 10, float(loss))
                 assert pruned == (loss > 4)  # worse than the median, after the pruner's five first trials
                 ledger.finish(claim, None if pruned else outcome())
             assert ledger.claim() is None
@@ -398,7 +401,7 @@ class TestLedger:
                 other.keep_up()
             assert [trial.number for trial in trials_of(cells, ours, TrialState.FAIL)] == [lost.trial.number]
             living.finish(kept, outcome())
-            assert dead.report(lost, 10, 3.0)  # it was not dead but slow; what it has does not count any more
+            assert dead.progress(lost, 10, 3.0)  # it was not dead but slow; what it has does not count any more
             dead.finish(lost, outcome(3.0))
             train_all(other)
             assert_each_cell_once(cells, ours)
@@ -417,22 +420,22 @@ def test_a_full_disk_under_the_logs_stops_a_worker_for_good(tmp_path):
         assert ask(None) == Finished(None)
         (worker,) = multiprocessing.active_children()
         resource.prlimit(worker.pid, resource.RLIMIT_FSIZE, (100, resource.RLIM_INFINITY))
-        message = ask(study().cells()[0])
+        message = ask(next(iter(study().cells.values())))
     assert isinstance(message, Crashed)
-    assert message.fatal
+    assert message.fatal == "disk"
     assert message.error == "[Errno 27] File too large"
 
 
 def test_a_recipe_that_fails_at_start_leaves_nothing_behind(tmp_path):
     broken = study(settings={**SMALL, "model.config.n_heads": 3})
-    with pytest.raises(StudyError, match=r"recipe tiny/prose fails at start: .*n_heads"):
+    with pytest.raises(StudyError, match=r"program tiny/prose fails at start: .*n_heads"):
         run(broken, folder=tmp_path, workers=1)
     with opened(None, tmp_path / "tiny") as (backend, _):
         assert not exists(study(), backend)
 
 
 STUDY_FILE = """
-recipe: tiny/prose
+program: tiny/prose
 steps: 60
 arms: [adamw, msign]
 factors: {lr: [3e-3, 1e-2, 3e-2], period: [5]}
@@ -512,7 +515,7 @@ def count_done(file, **where):
 
 def measured(runs):
     """What runs gave, but for their speed."""
-    return {run.cell.key: run.outcome._replace(seconds=0.0, tokens_per_second=0.0) for run in runs}
+    return {run.cell.key: run.outcome._replace(seconds=0.0, steps_per_second=0.0) for run in runs}
 
 
 @pytest.fixture(scope="module")
@@ -525,7 +528,7 @@ def undisturbed(file, tmp_path_factory):
     assert "12 runs of 60 steps" in page.read_text(encoding="utf-8")
     assert errors.count("validation loss") == 12
     runs = results(load(file), folder=folder)
-    assert {run.cell for run in runs} == set(load(file).cells())
+    assert {run.cell for run in runs} == set(load(file).cells.values())
     return measured(runs)
 
 
@@ -539,7 +542,8 @@ def test_killed_workers_and_parents_lose_and_double_nothing(file, tmp_path, undi
     os.killpg(parent.pid, signal.SIGINT)  # as Ctrl-C does, while the workers start
     out, errors = finish(parent, 130)
     assert out == ""
-    assert errors == (
+    assert "Traceback" not in errors
+    assert errors.endswith(
         "interrupted; what is finished is kept; go on with: python -m msign_lightning.ablations "
         f"run {file}, and the same options\n"
     )
@@ -606,9 +610,159 @@ def test_workers_stop_what_is_pruned(tmp_path):
 
 def test_a_cell_that_can_not_be_trained_is_tried_thrice_and_the_others_go_on(file, tmp_path):
     cells = study(arms=["adamw"], factors={"lr": [0.003]}, seeds=[0, 1, 2])
-    bad = cells.cells()[0]
+    bad = next(iter(cells.cells.values()))
     (tmp_path / "tiny").mkdir()
     (tmp_path / "tiny" / bad.folder).touch()  # in the way of its logs
     summary = run(cells, folder=tmp_path, workers=2)
     assert summary == (2, [bad.label])
-    assert {run.cell for run in results(cells, folder=tmp_path)} == set(cells.cells()[1:])
+    assert {run.cell for run in results(cells, folder=tmp_path)} == set(list(cells.cells.values())[1:])
+
+
+class TestGrowth:
+    def test_arms_factors_rates_and_seeds_come_and_go_and_what_is_finished_is_kept(self, tmp_path):
+        first = study()
+        grown = study(
+            arms=["zclip", "msign", "adamw", "wide"],
+            factors={"period": [10, 5], "lr": [0.03, 0.003, 0.1]},
+            seeds=[2, 1, 0],
+            variants={"wide": Variant("msign", {"data.batch_size": 8})},
+        )
+        smaller = study(arms=["msign"], seeds=[1])
+        trained = {}
+        for name, cells in (("first", first), ("grown", grown), ("smaller", smaller)):
+            trained[name] = []
+            with opened(None, tmp_path) as (backend, alone):
+                ledger = Ledger(cells, backend, alone=alone)
+                train_all(ledger, trained[name])
+                assert ledger.done == ledger.total == len(cells.cells)
+            found = {run.cell.key for run in results(cells, storage=str(tmp_path / JOURNAL))}
+            assert found == set(cells.cells)
+        assert trained["first"] == list(first.cells)
+        assert trained["grown"] == [key for key in grown.cells if key not in first.cells]
+        assert set(first.cells) - set(grown.cells) == set()
+        assert trained["smaller"] == []
+
+    def test_a_bisection_takes_more_runs_seeds_and_arms(self, tmp_path):
+        few = study(arms=["adamw"], factors={}, sampler=Bisect(1e-3, 10, resolution=0.2, runs=2), seeds=[0])
+        more = study(
+            arms=["msign", "adamw"], factors={}, sampler=Bisect(1e-3, 10, resolution=0.2, runs=5), seeds=[1, 0]
+        )
+        with opened(None, tmp_path) as (backend, alone):
+            train_all(Ledger(few, backend, alone=alone))
+            train_all(Ledger(more, backend, alone=alone))
+            assert_each_cell_once(more, backend)
+            assert set(results(few, storage=str(tmp_path / JOURNAL))) < set(
+                results(more, storage=str(tmp_path / JOURNAL))
+            )
+
+    def test_a_cell_that_waits_but_is_no_longer_part_of_the_study_is_dropped(self, tmp_path):
+        with opened(None, tmp_path) as (backend, alone):
+            killed = Ledger(study(), backend, alone=alone)
+            killed._storage.add_trial(
+                optuna.trial.create_trial(
+                    state=TrialState.WAITING,
+                    **killed._params(study().groups[0].cell(0.5, 0)),
+                    user_attrs={**ledger_module._attributes(study().groups[0].cell(0.5, 0)), "known": 0},
+                )
+            )
+            train_all(Ledger(study(), backend, alone=alone))
+            assert_each_cell_once(study(), backend)
+
+    @pytest.mark.parametrize(
+        "changed, message",
+        [
+            ({"settings": {**SMALL, "data.batch_size": 8}}, "settings.data.batch_size: nothing → 8"),
+            ({"variants": {"mine": Variant("msign", {"period": 4})}}, "variants.mine.settings.period: 5 → 4"),
+            ({"metric": "loss/test"}, 'metric: "loss/val" → "loss/test"'),
+        ],
+    )
+    def test_what_cells_mean_must_not_change(self, tmp_path, changed, message):
+        variants = {"mine": Variant("msign", {"period": 5})}
+        with opened(None, tmp_path) as (backend, alone):
+            Ledger(study(arms=["mine"], factors={"lr": [0.1]}, variants=variants), backend, alone=alone)
+            other = study(**{"arms": ["mine"], "factors": {"lr": [0.1]}, "variants": variants, **changed})
+            with pytest.raises(StudyError, match=re.escape(message)):
+                Ledger(other, backend, alone=alone)
+
+
+def test_cells_by_themselves_make_a_study(file, tmp_path, undisturbed):
+    """Each in a process of its own, as job arrays do; then a parent trains the rest."""
+    study = load(file)
+    keys = list(study.cells)
+    where = ("--folder", tmp_path)
+    out, _ = finish(start("run", file, *where, "--dry-run"))
+    assert [line.split()[:2] for line in out.splitlines()[:-1]] == [[str(i), key] for i, key in enumerate(keys)]
+    assert out.splitlines()[-1] == "study kill: 0 runs of 60 steps done, 12 to do"
+    assert not (tmp_path / "kill").exists()
+
+    jobs = [start("run", file, *where, "--cell", cell) for cell in ("0", keys[3])]
+    for job in jobs:
+        assert "Outcome(val_loss=" in finish(job)[0]
+    done = {keys[0], keys[3]}
+    assert measured(results(study, folder=tmp_path)) == {key: undisturbed[key] for key in done}
+    out, _ = finish(start("report", file, *where))
+    assert "2 runs of 60 steps" in Path(out.splitlines()[0]).read_text()
+    out, _ = finish(start("run", file, *where, "--dry-run"))
+    assert out.count("done") == 3
+    assert "10 to do\nabout " in out
+
+    _, errors = finish(start("run", file, *where, "--workers", 2))
+    assert errors.count("validation loss") == 10
+    assert measured(results(study, folder=tmp_path)) == undisturbed
+    _, errors = finish(start("run", file, *where, "--cell", "12"), 2)
+    assert errors.endswith("error: cell must be the key of a cell of grid kill, or a number below 12, got '12'\n")
+
+
+def test_outcomes_of_another_study_are_left_out(tmp_path, caplog):
+    cells = study(arms=["adamw"], factors={"lr": [0.01]}, seeds=[0])
+    run_alone(cells, "0", folder=tmp_path)
+    assert len(results(cells, folder=tmp_path)) == 1
+    with pytest.raises(StorageError, match="nothing has been run"):
+        results(study(arms=["adamw"], factors={"lr": [0.01]}, seeds=[0], steps=40), folder=tmp_path)
+    assert "is left out, since the study was another: steps: 20 → 40" in caplog.text
+
+
+def test_files_that_are_no_outcomes_are_left_out(tmp_path, caplog):
+    cells = study(arms=["adamw"], factors={"lr": [0.01]}, seeds=[0, 1])
+    run_alone(cells, "0", folder=tmp_path)
+    for name, content in (("mine", "{}"), ("other", "my outcome")):
+        (tmp_path / "tiny" / name).mkdir()
+        (tmp_path / "tiny" / name / "outcome.json").write_text(content)
+    assert [run.cell.seed for run in results(cells, folder=tmp_path)] == [0]
+    assert caplog.text.count("is left out, since it holds no outcome") == 2
+
+
+def test_a_cell_by_itself_says_what_its_program_refuses(tmp_path):
+    cells = study(settings={**SMALL, "model.config.n_heads": 3})
+    with pytest.raises(StudyError, match=r"adamw lr=0.003 seed=0: .*n_heads must divide"):
+        run_alone(cells, "0", folder=tmp_path)
+
+
+def test_machines_that_do_not_say_which_cores_a_process_may_use(monkeypatch):
+    monkeypatch.delattr(os, "sched_getaffinity")
+    assert cores() == os.cpu_count()
+
+
+def test_bad_numbers_are_refused(tmp_path):
+    for arguments, message in (
+        ({"workers": 0}, "workers must be a positive integer, got 0"),
+        ({"time_limit": 0.0}, "time_limit must be positive, got 0.0"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            run(study(), folder=tmp_path, **arguments)
+
+
+def test_the_cost_of_a_cell_does_not_grow_with_their_number(tmp_path):
+    """What the ledger does for a cell, in a journal."""
+    cells = study(factors={"lr": [0.001 * i for i in range(1, 76)]}, arms=["adamw"], seeds=list(range(8)))
+    seconds = []
+    with opened(None, tmp_path) as (backend, alone):
+        ledger = Ledger(cells, backend, alone=alone)
+        while (claim := ledger.claim()) is not None:
+            ledger.finish(claim, outcome())
+            assert ledger.done == len(seconds) + 1
+            seconds.append(time.perf_counter())
+    assert len(seconds) == 600
+    spent = [b - a for a, b in itertools.pairwise(seconds)]
+    first, last = statistics.median(spent[:100]), statistics.median(spent[-100:])
+    assert last < 2 * first + 5e-3

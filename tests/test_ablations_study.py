@@ -10,25 +10,14 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 import msign_lightning.ablations
+from msign_lightning.ablations.cell import Outcome
 from msign_lightning.ablations.methods import ARMS
-from msign_lightning.ablations.study import (
-    Bisect,
-    Cell,
-    Criterion,
-    Grid,
-    Group,
-    Outcome,
-    Study,
-    StudyError,
-    Tpe,
-    Variant,
-    changes,
-    load,
-)
+from msign_lightning.ablations.reader import StudyError
+from msign_lightning.ablations.study import Bisect, Cell, Criterion, Grid, Group, Study, Tpe, Variant, changes, load
 
 SHIPPED = sorted(file.stem for file in (Path(msign_lightning.ablations.__file__).parent / "studies").glob("*.yaml"))
 SOUND = """\
-recipe: tiny/prose
+program: tiny/prose
 steps: 300
 arms:
   - adamw
@@ -50,7 +39,7 @@ sampler: grid
 
 def make(**changed):
     given = {"arms": ["adamw", "msign"], "factors": {"lr": [0.01]}, "seeds": [0], "steps": 300, **changed}
-    return Study(name="s", recipe="tiny/prose", **given)
+    return Study(name="s", program="tiny/prose", **given)
 
 
 @pytest.fixture
@@ -68,13 +57,13 @@ class TestStudyFiles:
         study = load(write(SOUND))
         assert study == Study(
             name="mine",
-            recipe="tiny/prose",
+            program="tiny/prose",
             steps=300,
             arms=("adamw", "msign", "narrow"),
             factors={"lr": (0.003, 0.03), "period": (5, 20), "model.config.n_layers": (2, 4)},
             seeds=(0, 1),
             settings={"model.optimizer.betas": (0.9, 0.95), "data.batch_size": 8},
-            criterion=Criterion(max_loss=2.5),
+            stability=Criterion(max_loss=2.5),
             sampler=Grid(),
             variants={"narrow": Variant("msign", {"model.config.width": 16})},
         )
@@ -92,8 +81,8 @@ class TestStudyFiles:
     def test_shipped_studies_are_found_by_name(self, name):
         study = load(name)
         assert study.name == name
-        assert study.criterion.max_loss is not None, "a bound is to be fixed before the study is run"
-        assert study.sampler != Grid() or study.cells()
+        assert study.stability.max_loss is not None, "a bound is to be fixed before the study is run"
+        assert study.sampler != Grid() or list(study.cells.values())
 
     @pytest.mark.parametrize(
         ("old", "new", "line", "message"),
@@ -107,8 +96,8 @@ class TestStudyFiles:
             ("seeds: [0, 1]", "seed: [0, 1]", 11, "unknown key 'seed', did you mean seeds?"),
             ("seeds: [0, 1]", "seeds: [0]\nseeds: [1]", 12, "seeds is there twice, first in line 11"),
             ("steps: 300", "steps: 3e2", 2, "steps must be a whole number, got 300.0"),
-            ("steps: 300", "steps: 5", 2, "steps must be at least 20, got 5"),
-            ("recipe: tiny/prose", "recipe: tiny/poetry", 1, "recipe must be the name of a recipe or a file"),
+            ("steps: 300", "steps: 5", 2, "steps must be between 20 and 1,000,000,000, got 5"),
+            ("program: tiny/prose", "program: tiny/poetry", 1, "program must be the name of a recipe, a file"),
             ("  - msign\n", "  - msing\n", 5, "unknown arm 'msing', did you mean msign"),
             ("  - msign\n", "  - adamw\n", 5, "arms must not hold adamw twice"),
             ("base: msign", "base: mzign", 6, "unknown arm 'mzign', did you mean"),
@@ -149,12 +138,16 @@ class TestStudyFiles:
             ("sampler: grid", "sampler: grit", 17, "sampler must be one of grid, bisect, tpe, got 'grit'"),
             ("sampler: grid", "sampler: {name: bisect, low: 1}", 17, "high is missing"),
             ("sampler: grid", "sampler: {name: bisect, low: 1, high: 2}", 8, "lr must not be a factor with bisect"),
-            ("sampler: grid", "sampler: {name: grid, low: 1}", 17, "unknown key 'low'; known: name"),
+            ("sampler: grid", "sampler: {name: grid, low: 1}", 17, "unknown key 'low'; known: none"),
             ("sampler: grid", "prune: true", 17, "prune must be false with grid"),
             ("sampler: grid", "prune: maybe", 17, "prune must be true or false, got 'maybe'"),
             ("seeds: [0, 1]", "seeds: [0, 1", 12, "expected ',' or ']'"),
+            ("seeds: [0, 1]", "seeds: [1:30]", 11, "seeds[0] must be a whole number, got '1:30'"),
+            ("steps: 300", "steps: 1000000000000000000000", 2, "between 20 and 1,000,000,000, got 1e+21"),
+            ("sampler: grid", "sampler: [grid]", 17, "sampler must be one of grid, bisect, tpe, got ['grid']"),
+            ("program: tiny/prose", "program: nowhere", 1, "program must be the name of a recipe, a file, or"),
             ("seeds: [0, 1]", "seeds: [!seed 1]", 11, "could not determine a constructor for the tag '!seed'"),
-            ("seeds: [0, 1]", "seeds: [2020-13-01]", 11, "month must be in 1..12"),
+            ("seeds: [0, 1]", "seeds: [2020-13-01]", 11, "seeds[0] must be a whole number, got '2020-13-01'"),
             ("steps: 300", f"steps: {'1' * 5000}", 2, "Exceeds the limit"),
             ("max_loss: 2.5", f"max_loss: {'1' * 400}", 16, "max_loss must be positive and finite, got inf"),
             ("seeds: [0, 1]", "seeds: [0]\x07", 1, "unacceptable character #x0007"),
@@ -198,7 +191,7 @@ class TestStudyFiles:
     def test_the_period_of_a_variant_is_its_own(self):
         variants = {"short": Variant("msign_first_quarter", {"period": 5})}
         study = make(arms=["short", "msign"], variants=variants, factors={"lr": [0.1], "period": [100]})
-        assert [group.label for group in study.groups()] == ["short", "msign (period=100)"]
+        assert [group.label for group in study.groups] == ["short", "msign (period=100)"]
 
     def test_an_arm_that_would_never_restore_is_refused(self):
         make(arms=["msign_first_quarter"], factors={"lr": [0.1], "period": [75]})
@@ -212,21 +205,58 @@ class TestStudyFiles:
         with pytest.raises(StudyError, match=r"mine\.yaml:1: a study must be a mapping"):
             load(write(text))
 
-    @pytest.mark.parametrize("text", ["&a\nrecipe: *a", "recipe: &a [*a]", f"recipe: {'[' * 3000 + ']' * 3000}"])
+    @pytest.mark.parametrize("text", ["&a\nprogram: *a", "program: &a [*a]", f"program: {'[' * 3000 + ']' * 3000}"])
     def test_files_without_an_end(self, write, text):
         with pytest.raises(StudyError, match="parts must not hold themselves or be nested a thousand deep"):
             load(write(text))
+
+    def test_an_alias_bomb_is_not_set_off(self, write):
+        lines = ["a0: &a0 [x, x, x, x, x, x, x, x, x, x]"]
+        lines += [f"a{i}: &a{i} [{', '.join([f'*a{i - 1}'] * 10)}]" for i in range(1, 12)]
+        with pytest.raises(StudyError, match=r"mine\.yaml:1: a study must have at most 10,000 parts"):
+            load(write("\n".join(lines)))
+
+    def test_scalars_are_those_of_yaml_1_2(self, write):
+        text = SOUND.replace("seeds: [0, 1]", "seeds: [010, +7]").replace("data.batch_size: 8", "data.source: yes")
+        study = load(write(text))
+        assert study.seeds == (10, 7)
+        assert study.settings["data.source"] == "yes"
+
+    @pytest.mark.parametrize("name", ["..", ".", " .", "a/b", "x" * 101, "a\nb"])
+    def test_names_that_no_folder_can_have(self, name):
+        with pytest.raises(StudyError, match="the name of a study must be usable as that of a folder"):
+            Study(name, "tiny/prose", 300, ["adamw"], {"lr": [0.01]}, [0])
+
+    def test_a_file_that_names_the_parent_folder_is_refused(self, tmp_path):
+        (tmp_path / "...yaml").write_text(SOUND)
+        with pytest.raises(StudyError, match=r"\.\.\.yaml:1: the name of a study must be usable .* got '\.\.'"):
+            load(tmp_path / "...yaml")
+
+    @pytest.mark.parametrize(
+        ("content", "message"),
+        [(b"- a", "a program's file must be a mapping, got \\['a'\\]"), (b"a: [", "expected"), (b"\xff", "UTF-8")],
+    )
+    def test_programs_that_are_no_mapping_or_no_yaml(self, write, tmp_path, content, message):
+        program = tmp_path / "program.yaml"
+        program.write_bytes(content)
+        study = load(write(SOUND.replace("tiny/prose", str(program))))
+        with pytest.raises(StudyError, match=rf"program\.yaml:1: .*{message}"):
+            study.fingerprint()
+
+    def test_own_arms_need_no_base(self, write):
+        study = load(write(SOUND.replace("{name: narrow, base: msign, ", "{name: narrow, ")))
+        assert study.variants["narrow"].base == "adamw"
 
     def test_files_that_are_not_there_or_no_text(self, tmp_path):
         with pytest.raises(StudyError, match="no study file 'quik', did you mean quick"):
             load("quik")
         (tmp_path / "noise.yaml").write_bytes(b"\xff\xfe\x00\x9f")
-        with pytest.raises(StudyError, match=r"noise\.yaml can't be read"):
+        with pytest.raises(StudyError, match=r"noise\.yaml:1: a study must be a text file in UTF-8"):
             load(tmp_path / "noise.yaml")
 
     def test_reading_needs_neither_torch_nor_lightning(self):
         program = (
-            "import sys; from msign_lightning.ablations.study import load; load('quick').cells(); "
+            "import sys; from msign_lightning.ablations.study import load; load('quick').cells; "
             "print({'torch', 'lightning'} & {*sys.modules})"
         )
         result = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True)
@@ -241,20 +271,22 @@ class TestCells:
             seeds=[3, 1],
         )
         qk = ("model.config.qk_norm", True)
-        per_arm = {arm: [g.factors for g in study.groups() if g.arm == arm] for arm in study.arms}
+        per_arm = {arm: [g.factors for g in study.groups if g.arm == arm] for arm in study.arms}
         assert per_arm["adamw"] == [(qk,)]
         assert per_arm["qk_norm"] == [()]
         assert per_arm["msign_attention"] == [(qk, ("period", 5)), (qk, ("period", 20))]
         for arm in ("msign", "cap"):
             assert per_arm[arm] == [(qk, ("period", p), ("targets", t)) for p in (5, 20) for t in ("mlp", "all_2d")]
-        cells = study.cells()
-        assert len(cells) == len(set(cells)) == len({cell.key for cell in cells}) == 2 * 2 * len(study.groups())
+        cells = list(study.cells.values())
+        assert len(cells) == len(set(cells)) == len({cell.key for cell in cells}) == 2 * 2 * len(study.groups)
         assert [cell.seed for cell in cells] == [3] * 24 + [1] * 24, "a study that is cut off has whole seeds"
-        assert {cell.group for cell in cells} == set(study.groups())
+        assert {cell.group for cell in cells} == set(study.groups)
 
     def test_cells_of_a_search_are_not_known_beforehand(self):
-        with pytest.raises(ValueError, match="sampler must be grid"):
-            make(factors={}, sampler=Bisect(0.1, 1.0)).cells()
+        study = make(factors={}, sampler=Bisect(0.1, 1.0))
+        assert not study.cells
+        assert study.holds(Group("msign").cell(0.3, 0))
+        assert not study.holds(Group("msign").cell(0.3, 1))
 
     def test_a_variant_is_its_base_with_further_settings(self):
         variants = {"wide": Variant("cap", {"targets": "mlp", "model.config.width": 64})}
@@ -263,7 +295,7 @@ class TestCells:
         wide = study.arm("wide")
         assert wide.settings == {"msign.rule": "cap", "msign.targets": "mlp", "model.config.width": 64}
         assert (wide.until, wide.callbacks) == (ARMS["cap"].until, ARMS["cap"].callbacks)
-        assert [g.label for g in study.groups()] == ["wide (period=5)", "cap (period=5, targets=mlp)"]
+        assert [g.label for g in study.groups] == ["wide (period=5)", "cap (period=5, targets=mlp)"]
 
     def test_the_key_is_that_of_earlier_versions(self):
         cell = Group("msign", (("period", 20), ("targets", ("*q*", "*k*")))).cell(0.03, seed=1)
@@ -317,7 +349,7 @@ class TestIdentityOfStudies:
         study = load(write(SOUND.replace("tiny/prose", str(recipe))))
         before = study.fingerprint()
         recipe.write_text("model: {optimizer: {init_args: {lr: 0.02}}}  # faster")
-        assert changes(before, study.fingerprint()) == ["recipe.settings.model.optimizer.init_args.lr: 0.01 → 0.02"]
+        assert changes(before, study.fingerprint()) == ["program.file.model.optimizer.init_args.lr: 0.01 → 0.02"]
 
 
 class TestCriterion:
@@ -332,7 +364,7 @@ class TestCriterion:
         max_grad_norm=1.0,
         stable_rank=4.0,
         steps=1000,
-        tokens_per_second=1e4,
+        steps_per_second=1e4,
         seconds=1.0,
         curve=((1, 5.5), (1000, 2.5)),
     )

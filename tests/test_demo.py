@@ -6,7 +6,7 @@ import pytest
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from msign_lightning.recipes import demo
-from msign_lightning.recipes.demo import ARMS, GOOD_LR, HIGH_LR, PERIOD, Result, Run
+from msign_lightning.recipes.demo import ARMS, GOOD_LR, HIGH_LR, PERIOD, Result, Setting
 
 STEPS = 10 * PERIOD
 
@@ -23,13 +23,13 @@ def results() -> list[Result]:
                 loss = 2.0 + seed + (effect.get(arm, tie) if lr == HIGH_LR else tie)
                 steps = [19, 39, 59, 79, 99, 119]
                 ranks = [float(2**seed * (i + 1)) for i in range(6)]
-                out.append(Result(Run(arm, lr, seed), loss, steps, [loss + 1 - i / 6 for i in range(6)], ranks))
+                out.append(Result(Setting(arm, lr, seed), loss, steps, [loss + 1 - i / 6 for i in range(6)], ranks))
     return out
 
 
 @pytest.mark.filterwarnings("ignore:The '.*_dataloader' does not have many workers")
 def test_a_run_trains_and_records(tmp_path):
-    result = demo.train(Run("MSign, attention", HIGH_LR, 0), STEPS, tmp_path)
+    result = demo.train(Setting("MSign, attention", HIGH_LR, 0), STEPS, tmp_path)
     assert result.steps == list(range(PERIOD - 1, STEPS, PERIOD))
     assert len(result.losses) == len(result.stable_ranks) == len(result.steps)
     assert result.losses[-1] < result.losses[0] - 1
@@ -40,8 +40,8 @@ def test_a_run_trains_and_records(tmp_path):
     events = EventAccumulator(str(log_dir))
     events.Reload()
     recorded = events.Scalars("stable_rank/attention")
-    assert [e.step for e in recorded] == result.steps
-    assert [e.value for e in recorded] == pytest.approx(result.stable_ranks)
+    assert [e.step for e in recorded] == [*result.steps, STEPS]
+    assert [e.value for e in recorded][:-1] == pytest.approx(result.stable_ranks)
     # None on the last step, which is evaluated.
     assert [e.step for e in events.Scalars("msign/changed")] == list(range(PERIOD, STEPS, PERIOD))
 
@@ -65,7 +65,9 @@ def test_summary_says_what_is_true(results):
 
 
 def test_summary_tells_a_diverged_arm(results):
-    bad = [r._replace(val_loss=math.nan) if r.run == Run("MSign, attention", HIGH_LR, 1) else r for r in results]
+    bad = [
+        r._replace(val_loss=math.nan) if r.setting == Setting("MSign, attention", HIGH_LR, 1) else r for r in results
+    ]
     at_high = demo.summarize(bad).split(f"At {HIGH_LR:g} ")[1]
     assert "MSign, attention not comparable (diverged on 1 of 2 seeds)" in at_high
     assert "MSign, all 2-D by -0.250 (better on every seed)" in at_high
@@ -73,7 +75,7 @@ def test_summary_tells_a_diverged_arm(results):
 
 @pytest.mark.parametrize("seeds", [1, 2])
 def test_figure_is_drawn(results, tmp_path, seeds):
-    demo.draw([r for r in results if r.run.seed < seeds], tmp_path / "demo.png")
+    demo.draw([r for r in results if r.setting.seed < seeds], tmp_path / "demo.png")
     assert (tmp_path / "demo.png").stat().st_size > 10_000
 
 

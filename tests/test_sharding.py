@@ -5,7 +5,7 @@ import math
 import os
 import signal
 import time
-from collections import Counter
+from collections import Counter, OrderedDict
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from datetime import timedelta
@@ -17,6 +17,7 @@ import torch
 import torch.distributed as dist
 from support import assert_same, llama, on_ranks
 from torch import Tensor, nn
+from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import CPUOffloadPolicy, FullyShardedDataParallel, ShardingStrategy, fully_shard
 from torch.distributed.tensor import DTensor, Replicate, Shard, distribute_tensor
@@ -24,6 +25,7 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.utils.data import DataLoader
 
 from msign_lightning import Cut, Restoration, matrices, restoration, restore, select_targets, sharding
+from msign_lightning.monitor import Monitor
 from msign_lightning.sharding import Ranks, Work, plan
 from msign_lightning.spectrum import SpectrumMonitor
 
@@ -334,7 +336,7 @@ def _on_rank(rank: int, ranks: int) -> dict[str, Any]:
         results[f"spoiled {make.__name__}"] = spoiled(ranks, make)
     for make in (ddp, fsdp2, fsdp1) if ranks == 2 else (hsdp, tp_fsdp2):
         results[f"disagreeing {make.__name__}"] = disagreeing(ranks, make)
-    results |= {f.__name__: f(ranks) for f in (raising, threads, declared, own_modules)}
+    results |= {f.__name__: f(ranks) for f in (raising, threads, declared, own_modules, stages)}
     return results
 
 
@@ -437,6 +439,68 @@ def test_copies_can_be_declared_and_get_the_owners_bits(run, alone):
 
 def test_modules_that_nobody_declares_copies_are_each_ranks_own(run):
     assert all(all(of_rank["own_modules"]) for of_rank in run[1])
+
+
+def stages(ranks: int) -> str:
+    """What a monitor says of ranks that hold the stages of a pipeline."""
+    model = nn.ModuleDict({f"mlp{dist.get_rank()}": nn.Linear(8, 8)})
+    with pytest.raises(ValueError, match="all ranks must have the same matrices") as caught:
+        Monitor(model)
+    return str(caught.value)
+
+
+def test_a_monitor_of_pipeline_stages_is_an_error_on_every_rank(run):
+    message = "got mlp0.weight of shape (8, 8) on rank 0 and mlp1.weight of shape (8, 8) on rank 1"
+    assert all(message in of_rank["stages"] for of_rank in run[1])
+
+
+# --- another number of ranks after a checkpoint --------------------------------------------------------------------
+
+
+def _train_on_rank(rank: int, ranks: int, saved: dict[str, Any] | None) -> dict[str, Any]:
+    """Four steps, or from a checkpoint four of rate zero, in which only restoration changes weights; a checkpoint."""
+    torch.manual_seed(0)
+    model = nn.Sequential(OrderedDict(mlp=nn.Sequential(nn.Linear(24, 40), nn.Tanh(), nn.Linear(40, 8))))
+    if saved is not None:
+        model.load_state_dict(saved["model"])
+    fully_shard(model, mesh=init_device_mesh("cpu", (ranks,)))
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1 if saved is None else 0.0)
+    restoration, monitor = Restoration(model, period=3), Monitor(model, {"stable_rank": 2})
+    if saved is not None:
+        restoration.load_state_dict(saved["restoration"])
+        monitor.load_state_dict(saved["monitor"])
+    readings = []
+    for step in range(monitor.steps, monitor.steps + 4):
+        monitor.begin()
+        batch = torch.randn(6, 24, generator=torch.Generator().manual_seed(step))
+        loss = model(batch).square().mean()
+        loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        report = restoration.step()
+        assert (report is not None) == ((step + 1) % 3 == 0)
+        if reading := monitor.end(loss.detach()):
+            readings.append((reading.step, reading.metrics["stable_rank/min"]))
+    whole = get_model_state_dict(model, options=StateDictOptions(full_state_dict=True, broadcast_from_rank0=False))
+    state = {"restoration": restoration.state_dict(), "monitor": monitor.state_dict()}
+    return {"model": whole, "readings": readings, **state}
+
+
+def test_a_run_saved_at_four_ranks_goes_on_at_two(tmp_path):
+    folders = [tmp_path / name for name in ("four", "two", "one")]
+    for folder in folders:
+        folder.mkdir()
+    first = on_ranks(4, _train_on_rank, folders[0], 4, None)[0]
+    assert first["restoration"] == {"steps": [4]}
+    assert [step for step, _ in first["readings"]] == [2, 4]
+    resumed = {n: on_ranks(n, _train_on_rank, folder, n, first)[0] for n, folder in ((2, folders[1]), (1, folders[2]))}
+    for state in resumed.values():
+        assert state["restoration"] == {"steps": [8]}
+        assert state["monitor"]["steps"] == 8
+        assert [step for step, _ in state["readings"]] == [6, 8]
+    assert resumed[2]["readings"] == resumed[1]["readings"]
+    assert_same(resumed[2]["model"], resumed[1]["model"])
+    assert not torch.equal(first["model"]["mlp.0.weight"], resumed[1]["model"]["mlp.0.weight"])
 
 
 # --- peers that are killed or stopped ------------------------------------------------------------------------------

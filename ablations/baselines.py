@@ -1,11 +1,13 @@
-"""ZClip (arXiv 2504.02507) as a Lightning callback."""
+"""Methods to compare with that no library has in a form that a study can use: ZClip and Muon."""
 
 from __future__ import annotations
 
 import math
+from collections.abc import Iterable
 from typing import Any
 
 import lightning.pytorch as pl
+import pytorch_optimizer
 import torch
 from torch.nn.utils import clip_grads_with_norm_, get_total_norm
 
@@ -59,3 +61,53 @@ class ZClip(pl.Callback):
         self.mean = self.decay * self.mean + (1 - self.decay) * norm
         self.variance = self.decay * self.variance + (1 - self.decay) * (norm - self.mean) ** 2
         return bound
+
+    def state_dict(self) -> dict[str, Any]:
+        return {"mean": self.mean, "variance": self.variance, "first": self._first}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        self.mean, self.variance, self._first = (state_dict[name] for name in ("mean", "variance", "first"))
+
+
+class Muon(pytorch_optimizer.Muon):
+    """Muon for the parameter group "matrices", AdamW for the others, such as embeddings, head and gains.
+
+    An update of Muon is multiplied by 0.2 √max(m, n), so that it is as large as one of AdamW, and one learning rate
+    serves both (arXiv 2502.16982).
+
+    Args:
+        groups: Parameter groups with a "name".
+        lr: Learning rate of both.
+        weight_decay: Of both, but for groups that have their own.
+        betas: AdamW's.
+        momentum: Muon's.
+
+    Raises:
+        ValueError: A group has no name.
+    """
+
+    def __init__(
+        self,
+        groups: Iterable[Any],
+        lr: float = 1e-2,
+        *,
+        weight_decay: float = 0.1,
+        betas: tuple[float, float] = (0.9, 0.999),
+        momentum: float = 0.95,
+    ) -> None:
+        groups = list(groups)
+        if not all(isinstance(group, dict) and "name" in group for group in groups):
+            raise ValueError(
+                "groups must be parameter groups with a name, of which Muon trains those called matrices, got none"
+            )
+        super().__init__(
+            [{**group, "use_muon": group["name"] == "matrices"} for group in groups],
+            lr=lr,
+            momentum=momentum,
+            weight_decay=weight_decay,
+            use_adjusted_lr=True,
+            adamw_lr=lr,
+            adamw_betas=betas,
+            adamw_wd=weight_decay,
+            adamw_eps=1e-8,
+        )

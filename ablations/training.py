@@ -1,0 +1,262 @@
+"""Cells of a program under Lightning: a recipe of this package, or anybody's `LightningCLI` by class or by file."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import logging
+import math
+from argparse import ArgumentError
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import lightning.pytorch as pl
+import torch
+from lightning.fabric.utilities.exceptions import MisconfigurationException
+from lightning.pytorch.callbacks import Checkpoint, ModelSummary, ProgressBar
+from lightning.pytorch.cli import LightningCLI
+from lightning.pytorch.loggers import TensorBoardLogger
+
+from msign_lightning import Restoration
+from msign_lightning.ablations import program as programs
+from msign_lightning.ablations.cell import Cell, Outcome, plain
+from msign_lightning.ablations.methods import Arguments
+from msign_lightning.ablations.program import Progress, any_cell, outcome_of, stop_of
+from msign_lightning.ablations.reader import Where, near, read
+from msign_lightning.ablations.study import Study
+from msign_lightning.recipes import recipe_file
+from msign_lightning.recipes.recorder import Recorder
+from msign_lightning.recipes.train import RecipeCLI
+from msign_lightning.settings import RestorationSettings
+
+FRILLS = (Checkpoint, ProgressBar, ModelSummary)
+"""Callbacks that a cell does without."""
+
+
+def train(study: Study, cell: Cell, folder: Path, progress: Progress | None = None, legs: int = 1) -> Outcome | None:
+    """Trains one run on one thread: see `ablations.program.run_cell`.
+
+    Nothing is restored in the last period before the validation. Scalars for TensorBoard go to folder / cell.folder, in
+    place of those of an earlier try, unless that has finished a leg.
+    """
+    torch.set_num_threads(1)
+    recorder = Recorder(progress=progress)
+    cli = _build(study, cell, folder)
+    trainer, data = cli.trainer, cli.datamodule
+    trainer.callbacks.insert(0, recorder)  # type: ignore[attr-defined]
+    logger = _Scalars(folder, cell.folder, version="")
+    trainer.logger = logger
+    saver = _Leg(study, cell, Path(logger.log_dir), legs)
+    if legs > 1:
+        trainer.callbacks.append(saver)  # type: ignore[attr-defined]
+    begun = legs > 1 and saver.file.exists()
+    for file in [] if begun else Path(logger.log_dir).glob("events.out.tfevents.*"):
+        file.unlink()
+    limit, trainer.limit_val_batches = trainer.limit_val_batches, 0
+    trainer.fit(cli.model, datamodule=data, ckpt_path=saver.file if begun else None)
+    saver.file.unlink(missing_ok=True)
+    if recorder.stopped:
+        return None
+    val_loss = None
+    if recorder.diverged_at is None:
+        trainer.limit_val_batches = limit
+        val_loss = _validate(study, cli)
+    return outcome_of(
+        [*enumerate(recorder.losses, start=1)],
+        val_loss,
+        study.stability,
+        diverged_at=recorder.diverged_at,
+        max_grad_norm=max(filter(math.isfinite, recorder.grad_norms), default=None),
+        stable_rank=next(reversed(recorder.stable_ranks.values()), None),
+        steps=recorder.steps,
+        steps_per_second=recorder.steps_per_second,
+        seconds=recorder.seconds,
+    )
+
+
+class _Scalars(TensorBoardLogger):
+    """Leaves out the epoch, which Lightning adds to all that is logged."""
+
+    def log_metrics(self, metrics: Mapping[str, float], step: int | None = None) -> None:
+        super().log_metrics({name: value for name, value in metrics.items() if name != "epoch"}, step)
+
+
+class _Leg(pl.Callback):
+    """Saves a checkpoint at the end of each leg of a run but the last; each in place of the one before."""
+
+    def __init__(self, study: Study, cell: Cell, folder: Path, legs: int) -> None:
+        meaning = {**study.fingerprint(), "settings": plain(study.settings_of(cell))}
+        own = [meaning[name] for name in ("program", "steps", "settings", "lr")]  # whatever else the study holds
+        self.file = folder / f"leg-{hashlib.sha256(json.dumps(own).encode()).hexdigest()[:8]}.ckpt"
+        self._every = -(-study.steps // legs)
+        self._saved = 0
+
+    def on_train_batch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule, *_: Any) -> None:
+        step = trainer.global_step
+        if step % self._every == 0 and self._saved < step < trainer.max_steps and not trainer.should_stop:
+            unfinished = self.file.with_suffix(".part")
+            trainer.save_checkpoint(unfinished)
+            unfinished.rename(self.file)
+            self._saved = step
+
+
+def _validate(study: Study, cli: LightningCLI) -> float:
+    found: dict[str, Any] = {}
+    for metrics in cli.trainer.validate(cli.model, datamodule=cli.datamodule, verbose=False):
+        found.update(metrics)
+    if study.metric not in found:
+        raise study.error(
+            f"metric must be one of what validation_step logs, {sorted(found)}, got {study.metric!r}", "metric"
+        )
+    return float(found[study.metric])
+
+
+def check(study: Study) -> None:
+    """Builds the program of each arm and each factor's value, and trains and validates one batch of the first.
+
+    Raises:
+        StudyError: The program can't be built, its data can't be read, or an arm does not fit its model.
+    """
+    checked: set[object] = set()
+    for group in study.groups:
+        parts = {group.arm, *group.factors}
+        if parts <= checked:
+            continue
+        cell = any_cell(study, group)
+        try:
+            with _quiet():
+                cli = _build(study, cell)
+                if not cli.trainer.limit_val_batches:
+                    raise ValueError("trainer.limit_val_batches must let a batch be validated, got 0")
+                for callback in cli.trainer.callbacks:  # type: ignore[attr-defined]
+                    callback.setup(cli.trainer, cli.model, "fit")
+                if study.arm(group.arm).until is not None:
+                    Restoration(cli.model, **_msign_arguments(study, cell, cli))
+                if cli.datamodule is not None and (data := str(cli.config.get("data"))) not in checked:
+                    cli.datamodule.setup("fit")
+                    checked.add(data)
+                if not checked & set(study.arms):
+                    _rehearse(study, cell)
+        except (ValueError, TypeError, ImportError, OSError, MisconfigurationException) as error:
+            raise study.error(f"{group.label}: {error}", *_place(study, group.arm, str(error))) from error
+        checked |= parts
+
+
+def _rehearse(study: Study, cell: Cell) -> None:
+    """One step and one batch of validation."""
+    cli = _build(study, cell, steps=1)
+    cli.trainer.limit_val_batches = 1
+    cli.trainer.fit(cli.model, datamodule=cli.datamodule)
+    _validate(study, cli)
+
+
+@contextmanager
+def _quiet() -> Iterator[None]:
+    """Lightning says what it finds on the machine whenever a trainer is made."""
+    loggers = [logging.getLogger(name) for name in ("lightning.pytorch", "lightning.fabric")]
+    levels = [logger.level for logger in loggers]
+    for logger in loggers:
+        logger.setLevel(logging.WARNING)
+    try:
+        yield
+    finally:
+        for logger, level in zip(loggers, levels, strict=True):
+            logger.setLevel(level)
+
+
+def _build(study: Study, cell: Cell, folder: Path = Path(), *, steps: int | None = None) -> LightningCLI:
+    """The model, data and trainer of a cell, with its arm's callbacks.
+
+    Raises:
+        ValueError: The program does not take a setting.
+    """
+    cls, file = _find(study)
+    settings: dict[str, Any] = {
+        "seed_everything": cell.seed,
+        "trainer.max_steps": steps or study.steps,
+        "trainer.max_epochs": -1,
+        "trainer.default_root_dir": str(folder),
+        "trainer.logger": False,
+        **study.settings_of(cell),
+    }
+    settings.pop("config", None)
+    if issubclass(cls, RecipeCLI):
+        settings["use_msign"] = False
+    else:
+        settings = {name: value for name, value in settings.items() if not name.startswith("msign.")}
+
+    class Program(cls):  # type: ignore[valid-type, misc]
+        def init_parser(self, **kwargs: Any) -> Any:
+            return super().init_parser(**{**kwargs, "exit_on_error": False})
+
+        def parse_arguments(self, parser: Any, args: Any) -> None:
+            base = parser.get_defaults() if file is None else parser.parse_path(str(file))
+            known = [name.replace(".init_args.", ".") for name in base.keys()]  # noqa: SIM118 (leaves, not branches)
+            self.config = base
+            # A class takes over the arguments that it shares with the last one: it must come before its own.
+            first = {name for name in settings if any(other.startswith(f"{name}.") for other in settings)}
+            for names in (first, settings.keys() - first):
+                try:
+                    self.config = parser.parse_object(_nested(settings, names), cfg_base=self.config)
+                except (ArgumentError, TypeError, KeyError) as error:
+                    hints = [near(name, known) for name in sorted(names) if name not in known]
+                    told = " ".join(str(error).split()) + next(filter(None, hints), "")
+                    raise ValueError(f"{study.program} can't be built: {told}") from error
+
+    cli = Program(args={}, run=False, save_config_callback=None)
+    callbacks = [callback for callback in cli.trainer.callbacks if not isinstance(callback, FRILLS)]
+    arm = study.arm(cell.arm)
+    if arm.callbacks is not None:
+        callbacks += arm.callbacks({} if arm.until is None else _msign_arguments(study, cell, cli))
+    cli.trainer.callbacks = callbacks
+    if not issubclass(cls, RecipeCLI):  # whose data have a generator of their own
+        pl.seed_everything(cell.seed, verbose=False)
+    return cli
+
+
+def _find(study: Study) -> tuple[type[LightningCLI], Path | None]:
+    """The class of the command line, and the file with its configuration."""
+    cls = programs.find(study)
+    config = study.settings.get("config")
+    if cls is None:
+        file = recipe_file(study.program)
+        root = read(file).value
+        model = root.get("model") if isinstance(root, dict) else None
+        return (LightningCLI if isinstance(model, dict) and "class_path" in model else RecipeCLI), file
+    if not issubclass(cls, LightningCLI):
+        raise study.error(f"program must be a LightningCLI or a function, got the class {cls.__name__}", "program")
+    return cls, None if config is None else Path(str(config))
+
+
+def _nested(settings: Mapping[str, Any], names: Any) -> dict[str, Any]:
+    out: dict[str, Any] = {}
+    for name in settings:
+        if name in names:
+            *path, last = name.split(".")
+            part = out
+            for key in path:
+                part = part.setdefault(key, {})
+            part[last] = plain(settings[name])
+    return out
+
+
+def _msign_arguments(study: Study, cell: Cell, cli: LightningCLI) -> Arguments:
+    """The arguments of an `MSignCallback`, with the last step at which it restores."""
+    if isinstance(cli, RecipeCLI):
+        arguments: dict[str, Any] = cli.config.msign.as_dict()
+    else:
+        settings = study.settings_of(cell)
+        arguments = {name[6:]: value for name, value in settings.items() if name.startswith("msign.")}
+    period = arguments.setdefault("period", RestorationSettings().period)
+    return {**arguments, "stop": stop_of(study, cell.arm, period)}
+
+
+def _place(study: Study, arm: str, message: str) -> Where:
+    """Where in the study file an error of the program most likely comes from."""
+    for part, names in (("factors", study.factors), ("settings", study.settings)):
+        for name in names:
+            if study.setting_of(name) in message:
+                return part, name
+    return "arms", list(study.arms).index(arm)
