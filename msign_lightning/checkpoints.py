@@ -498,7 +498,7 @@ def select(
     checkpoint = read(path, allow=allow)
     skeleton, keys = _skeleton(checkpoint.tensors)
     named = {c.names[0]: checkpoint.tensors[keys[c.parameter]] for c in find_candidates(skeleton)}
-    how, source = "names and shapes", model or checkpoint.config
+    how, source, chosen = "names and shapes", model or checkpoint.config, []
     if source is not None:
         try:
             built = build(source)
@@ -509,9 +509,13 @@ def select(
             if model is not None:
                 raise
             how += f", since the configuration beside them does not help: {error}"
+    # Some classes store their experts under other names, but what has the same name and shape is the same.
+    alike = [t for t in chosen if t.parameter_name in named and named[t.parameter_name].shape == t.parameter.shape]
+    stated = [t.parameter_name for t in alike if any(fnmatchcase(t.parameter_name, glob) for glob in cuts or ())]
+    cuts = {**{t.parameter_name: t.cut for t in alike if t.parameter_name not in stated}, **(cuts or {})}
     chosen = select_targets(skeleton, targets, exclude=exclude, cuts=cuts)
     for target in chosen:
-        if not any(fnmatchcase(target.parameter_name, glob) for glob in cuts or ()):
+        if not any(fnmatchcase(target.parameter_name, glob) for glob in cuts):
             _check_known(target, named, is_nanogpt="model_args" in checkpoint.content)
     stored = {target.parameter_name: named[target.parameter_name] for target in chosen}
     return Selection(checkpoint, skeleton, chosen, stored, _left(skeleton, chosen, checkpoint), how)
@@ -540,7 +544,7 @@ def build(source: str | Path) -> nn.Module:
         model = factory()
     if not isinstance(model, nn.Module):
         raise ValueError(f"model must make a torch.nn.Module, got {type(model).__name__} of {source!r}")
-    return model
+    return model.to("meta")
 
 
 def _build_transformer(folder: Path) -> nn.Module:
@@ -551,7 +555,7 @@ def _build_transformer(folder: Path) -> nn.Module:
         config = model_class.config_class.from_pretrained(folder)
         with torch.device("meta"):
             model: nn.Module = model_class(config)
-        return model
+        return model.to("meta")  # what a class makes of torch.FloatTensor, too
     except Exception as error:  # whatever a configuration makes a class of transformers raise
         raise _UnfitError(f"{folder / 'config.json'} must describe a class of transformers, got {error!r}") from error
 

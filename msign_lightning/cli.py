@@ -300,12 +300,7 @@ def _colour(m: Measured) -> str:
 # --- msign restore, msign plan -----------------------------------------------------------------------------------
 
 
-def restore(
-    checkpoint: Path,
-    out: Path,
-    rule: Rule = "msign",
-    **options: Any,
-) -> int:
+def restore(checkpoint: Path, out: Path, rule: Rule = "msign", **options: Any) -> int:
     """Copies a checkpoint and restores the stable rank of matrices in the copy; a run can go on from it.
 
     All else is copied bit for bit, the optimizer's state included. What made the ranks fall is still there: go on at a
@@ -332,11 +327,7 @@ def restore(
     return 0
 
 
-def plan(
-    source: str,
-    period: int = 100,
-    **options: Any,
-) -> int:
+def plan(source: str, period: int = 100, **options: Any) -> int:
     """Says which matrices MSign would restore, how they are cut, what is left out, and what it costs here.
 
     Examples::

@@ -18,7 +18,7 @@ import lightning.pytorch as pl
 import pytest
 import torch
 import torch.distributed.checkpoint as dcp
-from models import NanoGPT
+from models import COMMON, XLNET, NanoGPT, hf
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from support import assert_same, llama, on_two_ranks, weights, windows
@@ -515,6 +515,24 @@ def test_names_tell_what_no_preset_takes(tmp_path):
         f"{path}mlp.gate_up_proj.weight.up",
         f"{path}mlp.down_proj.weight",
     }
+
+
+def test_a_class_that_stores_its_experts_otherwise_still_tells_the_cuts_of_the_rest(tmp_path):
+    latent = {"q_lora_rank": 8, "kv_lora_rank": 8, "qk_rope_head_dim": 8, "qk_nope_head_dim": 8, "v_head_dim": 8}
+    experts = {"n_routed_experts": 4, "n_group": 1, "topk_group": 1, "first_k_dense_replace": 0}
+    model = hf("DeepseekV3ForCausalLM", **COMMON, **latent, **experts, num_experts_per_tok=2, moe_intermediate_size=16)
+    model.save_pretrained(tmp_path / "model")
+    selection = select(tmp_path / "model")
+    attention = [t.name for t in select_targets(model) if t.group == "attention"]
+    assert sorted(t.name for t in selection.targets if t.group == "attention") == sorted(attention)
+    assert sum("experts" in t.name for t in selection.targets) == 4 * 3 + 3  # and the one that all share
+    assert all(not math.isnan(rank) for rank, _ in measured(tmp_path / "model").values())
+
+
+def test_a_class_that_ignores_the_device_is_built_without_weights_all_the_same(tmp_path):
+    model = hf("XLNetLMHeadModel", **XLNET)
+    model.save_pretrained(tmp_path / "model")
+    assert_measured_as_by_the_monitor(measured(tmp_path / "model"), of_monitor(model))
 
 
 def test_a_model_must_be_that_of_the_checkpoint(tmp_path):
