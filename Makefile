@@ -23,7 +23,7 @@ help:
 
 $(VENV)/.installed: pyproject.toml
 	$(PYTHON) -m venv $(VENV)
-	$(BIN)/pip install --quiet --editable ".[composer,dev,models]"
+	$(BIN)/pip install --quiet --editable ".[composer,dev,models,ray]"
 	touch $@
 
 $(VENV_NEWEST)/.installed: pyproject.toml

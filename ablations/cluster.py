@@ -42,7 +42,8 @@ class RayWorker(Worker):
         if not ray.is_initialized():
             ray.init(log_to_driver=False, runtime_env={"env_vars": {"OMP_NUM_THREADS": "1"}})
         gpus = int(gpu is not None)
-        self._actor: Any = ray.remote(_Attendant).options(num_cpus=1, num_gpus=gpus, max_concurrency=4).remote()
+        remote: Any = ray.remote
+        self._actor: Any = remote(_Attendant).options(num_cpus=1, num_gpus=gpus, max_concurrency=4).remote()
         self._actor.attend.remote(study, folder.absolute(), legs)
         self._connection, theirs = multiprocessing.Pipe()
         threading.Thread(target=self._forward, args=(theirs,), daemon=True).start()
@@ -83,4 +84,5 @@ def cores() -> int:
     """How many cores the cluster has."""
     if not ray.is_initialized():
         ray.init(log_to_driver=False, runtime_env={"env_vars": {"OMP_NUM_THREADS": "1"}})
-    return int(ray.cluster_resources().get("CPU", 1))
+    resources: Any = ray.cluster_resources
+    return int(resources().get("CPU", 1))

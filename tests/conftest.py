@@ -17,6 +17,7 @@ torch.set_num_threads(1)
 
 OF_COMPOSER = ("algorithms", "composer_suite", "spike_no_more_composer", "stability_monitor_composer")
 collect_ignore = [] if importlib.util.find_spec("composer") else [f"test_{name}.py" for name in OF_COMPOSER]
+collect_ignore += [] if importlib.util.find_spec("ray") else ["test_ablations_cluster.py"]
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:

@@ -1,11 +1,8 @@
-"""Studies on a Ray cluster: only where Ray is installed."""
+"""Studies on a Ray cluster; Ray is installed where Composer is."""
 
 import sys
 
 import pytest
-
-pytest.importorskip("ray")
-
 import ray
 
 from msign_lightning.ablations.cluster import RayWorker
