@@ -22,7 +22,8 @@ import torch
 from tqdm import tqdm
 
 from msign_lightning._extras import need
-from msign_lightning.checkpoints import Measured, build, find_checkpoints, measure, restore_copy, select
+from msign_lightning.checkpoint_files import find_checkpoints
+from msign_lightning.checkpoints import Measured, build, measure, restore_copy, select
 from msign_lightning.collapse import Alarm
 from msign_lightning.linalg import Rule, gaussian_stable_rank
 from msign_lightning.linalg import restore as restore_matrices

@@ -1,6 +1,5 @@
 """Studies of other programs: the examples of the documentation, run from there, and what does not fit."""
 
-import importlib.util
 import math
 import re
 import subprocess
@@ -74,8 +73,6 @@ def test_the_examples_run_as_studies(examples, name):
 @pytest.mark.composer
 @pytest.mark.filterwarnings("ignore")
 def test_the_composer_example_runs(examples):
-    if importlib.util.find_spec("composer") is None:
-        pytest.skip("needs Composer")
     study = load("with_composer_study.yaml")
     outcomes = {cell.arm: run_cell(study, cell, examples / "runs") for cell in study.cells.values()}
     adamw, msign = outcomes["adamw"], outcomes["msign"]

@@ -26,7 +26,8 @@ from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, GPT2Config, GPT2LMHeadModel, Trainer, TrainingArguments
 
 from msign_lightning import Cut, restore, select_targets
-from msign_lightning.checkpoints import find_checkpoints, measure, read, restore_copy, select
+from msign_lightning.checkpoint_files import find_checkpoints, read
+from msign_lightning.checkpoints import measure, restore_copy, select
 from msign_lightning.spectrum import SpectrumMonitor
 
 ROOT = Path(__file__).parent.parent

@@ -16,7 +16,7 @@ MAY_IMPORT = {
 """Which of our packages a package may import, besides itself."""
 
 LAYERS = (
-    ("_extras", "_version", "polar_express"),
+    ("_extras", "_version", "checkpoint_files", "polar_express"),
     ("linalg", "collapse", "recognition"),
     ("targets",),
     ("matrices", "settings"),
