@@ -60,6 +60,7 @@ bench: $(VENV)/.installed
 	$(BIN)/python -m benchmarks.sharing
 	$(BIN)/python -m benchmarks.monitoring
 	$(BIN)/python -m benchmarks.workers
+	$(BIN)/python -m benchmarks.inspection
 
 gpu:
 	$(PYTHON) -m pytest -m gpu tests/test_linalg_cuda.py tests/test_restoration_cuda.py tests/test_monitor_cuda.py
