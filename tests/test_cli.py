@@ -177,6 +177,7 @@ def test_plan_of_a_checkpoint_a_configuration_and_a_function(run, tmp_path, caps
         assert math.isfinite(float(re.search(r"about (\S+) s per application", said)[1]))
 
 
+@pytest.mark.filterwarnings("ignore:.*found in sys.modules after import")  # where another test has imported it
 @pytest.mark.parametrize(("command", "usage"), [("ablate", "run,resume,report"), ("demo", "--seeds")])
 def test_other_commands_are_handed_on(command, usage, capsys, monkeypatch):
     monkeypatch.setattr("sys.argv", ["msign"])
