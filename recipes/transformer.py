@@ -219,7 +219,7 @@ class LatentAttention(nn.Module):
 
     def forward(self, x_BTD: Tensor, angles_TR: Tensor | None) -> Tensor:
         shape = (*x_BTD.shape[:2], -1, self.config.head_width)
-        c_BTC = self.kv_norm(self.kv_a_proj(x_BTD))
+        c_BTC = self.kv_norm(self.kv_a_proj(x_BTD).to(self.kv_norm.weight.dtype))  # which autocast has rounded
         q_BNTH = self.q_norm(self.q_proj(x_BTD).view(shape)).transpose(1, 2)
         k_BNTH = self.k_norm(self.k_proj(c_BTC).view(shape)).transpose(1, 2)
         v_BNTH = self.v_proj(c_BTC).view(shape).transpose(1, 2)
