@@ -86,6 +86,7 @@ def on_ranks(
         seconds: How long they may take.
         lost: How many of them, the last ones, don't return: they are killed or stopped, and not waited for.
     """
+    (folder / "store").unlink(missing_ok=True)  # of an earlier group, whose ranks would be called otherwise
     context = mp.get_context("spawn")
     processes = [context.Process(target=_on_rank, args=(r, ranks, function, folder, arguments)) for r in range(ranks)]
     for process in processes:
