@@ -21,7 +21,7 @@ import torch.distributed.checkpoint as dcp
 from models import COMMON, XLNET, NanoGPT, hf
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
-from support import assert_same, llama, on_two_ranks, weights, windows
+from support import assert_same, llama, on_ranks, on_two_ranks, weights, windows
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, GPT2Config, GPT2LMHeadModel, Trainer, TrainingArguments
 
@@ -248,12 +248,12 @@ def test_nanogpts_layout_and_plain_state_dicts(tmp_path):
     other.load_state_dict(again)  # strictly: there is no other key
 
 
-def save_distributed(rank: int, folder: str) -> None:
+def save_distributed(rank: int, folder: str, ranks: int) -> None:
     from torch.distributed.device_mesh import init_device_mesh
     from torch.distributed.fsdp import fully_shard
 
     model = llama()
-    fully_shard(model, mesh=init_device_mesh("cpu", (2,)))
+    fully_shard(model, mesh=init_device_mesh("cpu", (ranks,)))
     optimizer = torch.optim.AdamW(model.parameters())
     from torch.distributed.checkpoint.state_dict import get_state_dict
 
@@ -262,9 +262,10 @@ def save_distributed(rank: int, folder: str) -> None:
 
 
 @pytest.mark.filterwarnings("ignore:torch.distributed is disabled")
-def test_what_two_ranks_wrote(tmp_path):
-    on_two_ranks(save_distributed, tmp_path, str(tmp_path / "step-7"))
-    assert len(list((tmp_path / "step-7").glob("*.distcp"))) == 2
+@pytest.mark.parametrize("ranks", [2, 4])
+def test_what_several_ranks_wrote(ranks, tmp_path):
+    on_ranks(ranks, save_distributed, tmp_path, str(tmp_path / "step-7"), ranks)
+    assert len(list((tmp_path / "step-7").glob("*.distcp"))) == ranks
     model, other = llama(), llama()
     assert read(tmp_path / "step-7").step == 7
     assert_measured_as_by_the_monitor(measured(tmp_path / "step-7"), of_monitor(model))
