@@ -128,7 +128,7 @@ class Ledger:
         self._seen: dict[str, tuple[int | None, float]] = {}
         self._claims: dict[int, Claim] = {}
         self._given_up: dict[int, Claim] = {}
-        self._done: dict[str, Cell] = {}  # by key
+        self._done: dict[str, int] = {}  # by key of the cell, its trial's number
         self._probes: dict[Place, dict[int, Probe]] = {}  # of finished trials, by number
         self._proposals: dict[Place, Proposal] = {}
         self._settled = 0  # trials below this number are finished
@@ -249,7 +249,7 @@ class Ledger:
             elif trial.state in _DONE and trial.user_attrs["cell"] not in self._done:
                 cell = Cell.from_dict(trial.user_attrs["cell_spec"])
                 if self._study.holds(cell):
-                    self._done[trial.user_attrs["cell"]] = cell
+                    self._done[trial.user_attrs["cell"]] = trial.number
                     place = (cell.group, cell.seed)
                     stable = not trial.constraints or max(trial.constraints.values()) <= 0
                     self._probes.setdefault(place, {})[trial.number] = Probe(cell.lr, stable)
@@ -329,14 +329,13 @@ class Ledger:
     def _twin(self, trial: Trial, cell: Cell) -> int | None:
         """Number of a trial that has the better right to the same place."""
         is_bisection = isinstance(self._study.sampler, Bisect)
-        trials = self._trials()
-        for other in trials[trial.user_attrs.get("known", 0) : trial.number]:
+        for other in self._trials()[trial.user_attrs.get("known", 0) : trial.number]:
             if other.state != TrialState.FAIL and "cell" in other.user_attrs:
                 theirs = Cell.from_dict(other.user_attrs["cell_spec"])
                 if theirs == cell or (is_bisection and (theirs.group, theirs.seed) == (cell.group, cell.seed)):
                     return other.number
-        key = cell.key
-        return next((t.number for t in trials if t.user_attrs.get("cell") == key and t.state in _DONE), None)
+        self._absorb()
+        return self._done.get(cell.key)
 
     def _search(self, sampler: Tpe) -> Trial | None:
         if sum(trial.state != TrialState.FAIL for trial in self._trials()) >= sampler.trials:
