@@ -1,4 +1,4 @@
-"""Methods to compare with that no library has in a form that a study can use: ZClip and Muon."""
+"""Methods to compare with that no library has in a form that a study can use."""
 
 from __future__ import annotations
 
@@ -67,6 +67,15 @@ class ZClip(pl.Callback):
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         self.mean, self.variance, self._first = (state_dict[name] for name in ("mean", "variance", "first"))
+
+
+class SkipNonFinite(pl.Callback):
+    """Leaves the weights as they are in a step whose gradients are not all finite, as a gradient scaler does."""
+
+    def on_before_optimizer_step(self, trainer: pl.Trainer, pl_module: pl.LightningModule, optimizer: Any) -> None:
+        norm = get_total_norm([p.grad for p in pl_module.parameters() if p.grad is not None])
+        if not norm.isfinite():
+            optimizer.zero_grad()  # a parameter without a gradient is not updated
 
 
 class Muon(pytorch_optimizer.Muon):

@@ -68,6 +68,12 @@ def _zclip(msign: Arguments) -> list[pl.Callback]:
     return [ZClip()]
 
 
+def _skip_nonfinite(msign: Arguments) -> list[pl.Callback]:
+    from msign_lightning.ablations.baselines import SkipNonFinite
+
+    return [SkipNonFinite()]
+
+
 def _scaled_embed(msign: Arguments) -> list[pl.Callback]:
     from msign_lightning import SpikeNoMoreCallback
 
@@ -93,6 +99,9 @@ ARMS: dict[str, Arm] = {
     PLAIN: Arm("The program's optimizer alone."),
     "adamw_beta95": Arm("AdamW with β₂ = 0.95.", {"model.optimizer.betas": (0.9, 0.95)}),
     "zclip": Arm("Clipping of gradient norms by their z-score (arXiv 2504.02507).", {}, None, _zclip, MUON_PACKAGE),
+    "skip_nonfinite": Arm(
+        "No step where gradients are not finite, as with a gradient scaler.", {}, None, _skip_nonfinite, MUON_PACKAGE
+    ),
     "qk_norm": Arm("RMS norm of queries and keys (arXiv 2302.05442).", QK_NORM),
     "scaled_embed": Arm("The embedding's output × √d (arXiv 2312.16903).", callbacks=_scaled_embed),
     "spike_no_more": Arm("Small sub-layers and scaled embedding (arXiv 2312.16903).", callbacks=_spike_no_more),
