@@ -9,7 +9,7 @@ from typing import Any, cast
 from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.callbacks import Callback, StochasticWeightAveraging, WeightAveraging
 from lightning.pytorch.loggers import TensorBoardLogger
-from lightning.pytorch.strategies import DeepSpeedStrategy, FSDPStrategy
+from lightning.pytorch.strategies import DeepSpeedStrategy
 from lightning.pytorch.utilities import rank_zero_info
 from torch import Tensor, nn
 from torch.optim import Optimizer
@@ -49,7 +49,7 @@ class MSignCallback(RestorationShell, Callback):
 
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Selects the targets and hooks into the optimizers, which exist by now."""
-        _refuse(self, trainer, DeepSpeedStrategy)
+        _refuse_deepspeed(self, trainer)
         is_new = trainer.ckpt_path is None and trainer.global_step == 0
         steps = [] if is_new else self._count()
         rank_zero_info(self._start(_wrapped(trainer), trainer.optimizers, steps, _sink(trainer)))
@@ -90,7 +90,8 @@ class StabilityMonitor(MonitorShell, Callback):
 
     Raises:
         ValueError: An argument is out of its range; or when training starts, nothing is selected.
-        RuntimeError: When training starts under DeepSpeed or FSDP1, which train flat copies of the weights.
+            Under FSDP1, `use_orig_params` must be True, as it is by default, and Jacobians can't be measured.
+        RuntimeError: When training starts under DeepSpeed, which trains flat copies of the weights.
     """
 
     def __post_init__(self) -> None:
@@ -105,7 +106,7 @@ class StabilityMonitor(MonitorShell, Callback):
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Selects what to measure; by now the optimizers exist and a checkpoint has been loaded."""
-        _refuse(self, trainer, (DeepSpeedStrategy, FSDPStrategy))
+        _refuse_deepspeed(self, trainer)
         self._has_tried, self._losses = False, []
         optimizers = trainer.optimizers
         steps = trainer.global_step // len(optimizers)
@@ -211,8 +212,8 @@ def _wrapped(trainer: Trainer) -> nn.Module:
     return cast(nn.Module, trainer.strategy.model)
 
 
-def _refuse(callback: Callback, trainer: Trainer, strategies: type | tuple[type, ...]) -> None:
-    if isinstance(trainer.strategy, strategies):
+def _refuse_deepspeed(callback: Callback, trainer: Trainer) -> None:
+    if isinstance(trainer.strategy, DeepSpeedStrategy):
         raise RuntimeError(
             f"{type(callback).__name__} does not support {type(trainer.strategy).__name__}, which flattens the "
             "weights: use FSDP2, through ModelParallelStrategy"

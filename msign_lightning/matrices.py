@@ -152,6 +152,12 @@ def fsdp1_groups(unit: FullyShardedDataParallel) -> tuple[ProcessGroup, ...]:
     return (unit._inter_node_pg, unit.process_group) if hybrid else (unit.process_group,)  # type: ignore[return-value]
 
 
+def fsdp1_cut(unit: FullyShardedDataParallel) -> tuple[ProcessGroup, torch.device] | None:
+    """Over which ranks the unit's gradients are cut, and where these exchange them; None if they are not cut."""
+    is_cut = unit.sharding_strategy != ShardingStrategy.NO_SHARD
+    return (unit.process_group, unit.compute_device) if is_cut else None  # type: ignore[return-value]
+
+
 def whole_unit(unit: nn.Module | None, writes: bool) -> AbstractContextManager[None]:
     """In it, the parameters of a unit of FSDP1 are whole, the same on all its ranks; a collective."""
     if unit is None:

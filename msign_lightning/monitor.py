@@ -15,7 +15,7 @@ from torch.distributed.tensor import DTensor
 from msign_lightning.alignment import Alignment, SpectralAlignment
 from msign_lightning.collapse import Alarm
 from msign_lightning.jacobian import BlockJacobians
-from msign_lightning.matrices import gather
+from msign_lightning.matrices import gather, whole_shapes
 from msign_lightning.restoration import Report, Restorer
 from msign_lightning.settings import MonitorSettings, Quantity, with_settings
 from msign_lightning.sharding import Ranks, refuse_differences
@@ -112,23 +112,28 @@ class Monitor:
         self.measure = settings.cadences
         self.detector = settings.detector()
         self._spectra = self._alignment = self._jacobians = self._restorer = None
+        self.ranks = Ranks(model)
         weights = self.measure.keys() & {"stable_rank", "spectral_alignment"}
         targets: list[Target] = []
         if weights or settings.on_alarm == "restore":
-            targets = select_targets(model, settings.targets, exclude=settings.exclude, cuts=settings.cuts)
-            ranks = Ranks(model)
+            with whole_shapes(model):
+                targets = select_targets(model, settings.targets, exclude=settings.exclude, cuts=settings.cuts)
             if weights:
-                self._spectra = SpectrumMonitor(targets, ranks=ranks)
+                self._spectra = SpectrumMonitor(targets, ranks=self.ranks)
             if "spectral_alignment" in weights:
                 self._alignment = SpectralAlignment(model, targets)
             if settings.on_alarm == "restore":
-                self._restorer = Restorer(targets, rule=settings.rule, ranks=ranks)
+                self._restorer = Restorer(targets, rule=settings.rule, ranks=self.ranks)
         if dist.is_initialized():
             mine = dist.get_rank(), [f"{t.name} of shape {t.shape}" for t in targets]
             everyone: list[Any] = [mine] * dist.get_world_size()
             dist.all_gather_object(everyone, mine)
             refuse_differences(everyone)
         if "jacobian_alignment" in self.measure:
+            if self.ranks.has_flat:
+                raise ValueError(
+                    "measure must not hold jacobian_alignment under FSDP1, which has no whole blocks: use FSDP2"
+                )
             self._jacobians = BlockJacobians(model, settings.blocks, iterations=JACOBIAN_ITERATIONS)
         self.steps = 0
         self._due: frozenset[Quantity] | None = None  # what is measured in the step that has begun
@@ -282,7 +287,7 @@ class Monitor:
 
 
 @torch.no_grad()
-def grad_norm(parameters: Iterable[nn.Parameter], scale: float = 1.0) -> Tensor | None:
+def grad_norm(parameters: Iterable[nn.Parameter], scale: float = 1.0, *, ranks: Ranks | None = None) -> Tensor | None:
     """√Σ‖g‖² over the gradients g of the parameters, on their device; None if there are none.
 
     For sharded gradients it is a collective.
@@ -290,13 +295,25 @@ def grad_norm(parameters: Iterable[nn.Parameter], scale: float = 1.0) -> Tensor 
     Args:
         parameters: Those whose gradients to take.
         scale: What the gradients are still multiplied by, by a gradient scaler.
+        ranks: Under FSDP1, those of the model: `Monitor.ranks`.
     """
-    alike: dict[object, list[Tensor]] = {}  # only tensors of one mesh can be stacked
+    alike: dict[Any, list[Tensor]] = {}  # only tensors of one mesh, or cut over the same ranks, can be taken together
     for parameter in parameters:
-        if (gradient := parameter.grad) is not None:
+        gradient, cut = parameter.grad, None if ranks is None else ranks.cut(parameter)
+        if gradient is not None:
             mesh = gradient.device_mesh if isinstance(gradient, DTensor) else None
-            alike.setdefault(mesh, []).append(gradient)
-    norms = [gather(torch.nn.utils.get_total_norm(gradients)) for gradients in alike.values()]
+            alike.setdefault(cut or mesh, []).append(gradient)
+        elif cut is not None:  # others may have a part of it
+            alike.setdefault(cut, [])
+    norms = []
+    for key, gradients in alike.items():
+        norm = gather(torch.nn.utils.get_total_norm(gradients))
+        if isinstance(key, tuple):
+            group, device = key
+            norm = norm.to(device).square()
+            dist.all_reduce(norm, group=group)
+            norm = norm.sqrt()
+        norms.append(norm)
     return torch.nn.utils.get_total_norm(norms) / scale if norms else None
 
 

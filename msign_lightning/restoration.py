@@ -110,7 +110,8 @@ class Restorer:
             step: The optimizer step, for the report.
         """
         began = time.perf_counter()
-        found = self.ranks.each(self.targets, self._restore, width=lambda target: 4, names=names)
+        what = f"rule {self.rule}, method {self.method}, rtol {self.rtol}"
+        found = self.ranks.each(self.targets, self._restore, width=lambda target: 4, names=names, what=what)
         known = {name: row for name, row in found.items() if row is not None}
         device = next((row.device for row in known.values()), None)
         # One transfer from the device for all of them.

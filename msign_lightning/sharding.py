@@ -28,6 +28,7 @@ from msign_lightning.matrices import (
     Layout,
     are_finite,
     batches,
+    fsdp1_cut,
     fsdp1_groups,
     fsdp1_units,
     jobs_of,
@@ -97,6 +98,16 @@ class Ranks:
             groups = (self.process_group,)
         return layout_of(parameter, groups)
 
+    @property
+    def has_flat(self) -> bool:
+        """Whether FSDP1 holds any parameter."""
+        return bool(self._units)
+
+    def cut(self, parameter: Tensor) -> tuple[ProcessGroup, torch.device] | None:
+        """Over which ranks FSDP1 cuts the gradient of a parameter, and where they exchange; None if it doesn't."""
+        unit = self._units.get(parameter)
+        return None if unit is None else fsdp1_cut(unit)
+
     def describe(self, targets: Sequence[Target]) -> str:
         """How the work is shared, for a log; "" if it isn't."""
         layouts = [self.layout(parameter) for parameter in {target.parameter: None for target in targets}]
@@ -119,6 +130,7 @@ class Ranks:
         width: Callable[[Target], int],
         names: Collection[str] | None = None,
         writes: bool = True,
+        what: str = "",
     ) -> dict[str, Tensor | None]:
         """Lets the owner of each matrix compute it; a collective of all ranks that share any of them.
 
@@ -128,13 +140,14 @@ class Ranks:
             width: How many figures `compute` returns for a matrix of this target.
             names: Names of the matrices that are wanted; None for all.
             writes: Whether `compute` changes matrices.
+            what: Tells what `compute` does, which must be the same on all ranks.
 
         Returns:
             The figures of each matrix, the same on every rank, those of one shape together; None for a matrix that is
             not finite on some rank, which no rank then changes.
 
         Raises:
-            ValueError: The ranks want different matrices, or hold them in different ways.
+            ValueError: The ranks want different things of different matrices, or hold them in different ways.
             RuntimeError: `compute` has failed on some rank, which each rank then raises. What that rank had in hand
                 stays as it was.
         """
@@ -145,11 +158,11 @@ class Ranks:
         for target in wanted:
             by_unit[self._units.get(target.parameter)].append(target)
         for layout in {where.key: where for where in map(self.layout, self._units) if where.key}.values():
-            _check_agreement([f"{t.name} {t.shape}" for t in wanted if t.parameter in self._units], layout)
+            _check_agreement([what, *(f"{t.name} {t.shape}" for t in wanted if t.parameter in self._units)], layout)
         for unit, own in by_unit.items():
             if own:
                 with whole_unit(unit, writes):
-                    found |= _share_out(jobs_of(own, self.layout, names), compute, width, writes)
+                    found |= _share_out(jobs_of(own, self.layout, names), compute, width, writes, what)
         alike: dict[object, list[str]] = {}
         for t in targets:
             alike.setdefault((t.shape, t.parameter.dtype, t.parameter.device), []).extend(t.matrix_names)
@@ -157,7 +170,7 @@ class Ranks:
 
 
 def _share_out(
-    jobs: Sequence[Job], compute: Compute, width: Callable[[Target], int], writes: bool
+    jobs: Sequence[Job], compute: Compute, width: Callable[[Target], int], writes: bool, what: str
 ) -> dict[str, Tensor | None]:
     """The figures of all jobs, grid by grid and round by round."""
     found: dict[str, Tensor | None] = {}
@@ -167,7 +180,7 @@ def _share_out(
     for key, on_grid in by_grid.items():
         owners = _owners(on_grid)
         if key:
-            _check_agreement([*map(_describe, on_grid), f"owners {owners}"], on_grid[0].layout)
+            _check_agreement([what, *map(_describe, on_grid), f"owners {owners}"], on_grid[0].layout)
         for own in _rounds(on_grid, owners):
             found |= _Exchange(own, owners, width, writes)(compute) if key else _alone(own, compute)
     return found
@@ -375,9 +388,8 @@ def refuse_differences(everyone: Sequence[tuple[int, Sequence[str]]]) -> None:
     for rank, theirs in others:
         for a, b in zip_longest(own, theirs, fillvalue="nothing more"):
             if a != b:
-                raise ValueError(
-                    f"all ranks must have the same matrices, got {a} on rank {first} and {b} on rank {rank}"
-                )
+                got = f"{a} on rank {first} and {b} on rank {rank}"
+                raise ValueError(f"all ranks must have the same matrices and settings, got {got}")
 
 
 def _gather_objects(mine: Any, layout: Layout) -> list[Any]:

@@ -123,7 +123,7 @@ class MonitorShell(MonitorSettings):
         """Takes note of the norm of gradients that are still multiplied by a scale."""
         if self._monitor is not None and self._monitor.reads_next:
             parameters = (parameter for group in optimizer.param_groups for parameter in group["params"])
-            self._grad_norm = grad_norm(parameters, scale())
+            self._grad_norm = grad_norm(parameters, scale(), ranks=self._monitor.ranks)
 
     def _end_batch(self, loss: Tensor | float | None) -> None:
         """Takes note of the steps in the batch at hand: none if a gradient scaler has skipped it."""

@@ -9,7 +9,6 @@ from typing import Any, cast
 
 import torch.distributed as dist
 from torch import nn
-from torch.distributed.tensor import DTensor
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 from transformers.trainer_callback import ExportableState
 from transformers.training_args import ParallelMode
@@ -34,7 +33,8 @@ class MSignTrainerCallback(RestorationShell, TrainerCallback, ExportableState):
 
     Raises:
         ValueError: An argument is out of its range; or when training starts, nothing is selected.
-        RuntimeError: When training starts under DeepSpeed or FSDP1, which train flat copies of the weights.
+            Under FSDP1, `use_orig_params` must be True, as it is by default.
+        RuntimeError: When training starts under DeepSpeed, which trains flat copies of the weights.
     """
 
     def on_train_begin(
@@ -42,10 +42,8 @@ class MSignTrainerCallback(RestorationShell, TrainerCallback, ExportableState):
     ) -> None:
         """Selects the targets and hooks into the optimizer, which exists by now."""
         model: nn.Module = kwargs["model"]
-        is_flat = args.fsdp and not any(isinstance(parameter, DTensor) for parameter in model.parameters())
-        if args.deepspeed or is_flat:
-            name = "DeepSpeed" if args.deepspeed else "FSDP1"
-            raise RuntimeError(f"MSignTrainerCallback does not support {name}, which flattens the weights: use FSDP2")
+        if args.deepspeed:
+            raise RuntimeError("MSignTrainerCallback does not support DeepSpeed, which flattens the weights: use FSDP2")
         self._steps = []
         # The model is not wrapped here, but it is trained by DDP on all processes.
         is_copied = args.parallel_mode is ParallelMode.DISTRIBUTED and not args.fsdp and dist.is_initialized()

@@ -23,7 +23,7 @@ from torch.distributed.tensor import DTensor
 from torch.utils.data import DataLoader
 
 from msign_lightning import MSignCallback, algorithms, restore
-from msign_lightning.algorithms import MSign, SpikeNoMore, apply_msign
+from msign_lightning.algorithms import MSign, SpikeNoMore, StabilityMonitor, apply_msign
 from msign_lightning.recipes.composer_train import ComposerLanguageModel, build_trainer, main
 from msign_lightning.recipes.train import load_recipe
 from msign_lightning.recipes.transformer import Transformer, TransformerConfig
@@ -311,11 +311,11 @@ def test_the_function_reports_and_checks():
 # --- MSign: several processes -------------------------------------------------------------------------------------
 
 
-def _train_on_rank(rank: int) -> dict[str, dict[str, Tensor]]:
+def _train_on_rank(rank: int) -> tuple[dict[str, dict[str, Tensor]], dict[str, list]]:
     torch.cuda.current_device = lambda: torch.device("cpu")  # where Composer puts what FSDP1 shards
     warnings.filterwarnings("ignore", "FSDP2 Config/APIs are experimental")
     sharded = {"parallelism_config": {"fsdp": {}}}
-    whole = {}
+    whole, seen = {}, {}
     for name, used, settings in (
         ("ddp", [MSign(period=4)], {}),
         ("fsdp1", [MSign(period=STEPS)], sharded),
@@ -333,9 +333,13 @@ def _train_on_rank(rank: int) -> dict[str, dict[str, Tensor]]:
             optimizers=torch.optim.SGD(model.parameters(), lr=0.1),
             train_dataloader=[batch[2 * rank : 2 * rank + 2] for batch in batches()],
             device_train_microbatch_size=2,
+            callbacks=[StabilityMonitor({"stable_rank": 4})],
+            loggers=[memory := InMemoryLogger()],
             **settings,
         )
         trainer.fit()
+        measured = ("stable_rank/min", "stable_rank/geometric_mean", "stability/loss", "stability/grad_norm")
+        seen[name] = [[value for _, value in memory.data[quantity]] for quantity in measured]
         with FullyShardedDataParallel.summon_full_params(trainer.state.model, writeback=False):
             found = weights(trainer.state.model)
         assert all(isinstance(p, DTensor) == ("fsdp2" in name) for p in found.values())
@@ -347,20 +351,24 @@ def _train_on_rank(rank: int) -> dict[str, dict[str, Tensor]]:
     flat = FullyShardedDataParallel(model, device_id=torch.device("cpu"))
     with pytest.raises(ValueError, match=r"use_orig_params of FSDP1 must be True.*got False"):
         apply_msign(flat)
-    return whole
+    return whole, seen
 
 
 def test_ranks_stay_equal_and_match_one_process(tmp_path):
-    ranks = on_two_ranks(_train_on_rank, tmp_path)
+    ranks, seen = zip(*on_two_ranks(_train_on_rank, tmp_path), strict=True)
     for name in ("ddp", "fsdp1", "fsdp2"):
         assert_same(ranks[0][name], ranks[1][name])
+    assert seen[0] == seen[1]
+    assert [len(values) for values in seen[0]["fsdp1"]] == [2, 2, 3, 3]
+    for flat, copied in zip(seen[0]["fsdp1"], seen[0]["ddp"], strict=True):  # which is restored after the first
+        assert flat[0] == pytest.approx(copied[0], rel=1e-4)
 
     model = make_model()
     alone = fit(MSign(period=4), model=model, optimizers=torch.optim.SGD(model.parameters(), lr=0.1))
     for name, p in alone.items():
         torch.testing.assert_close(ranks[0]["ddp"][name], p, rtol=1e-4, atol=1e-5)
 
-    # What is sharded is compared with itself: on CPUs this PyTorch adds up the gradients of the ranks.
+    # What is sharded is compared with itself: on CPUs this PyTorch adds up the gradients of the ranks under FSDP2.
     for name in ("fsdp1", "fsdp2"):
         model.load_state_dict(ranks[0][f"{name} without"], strict=False)
         apply_msign(model)

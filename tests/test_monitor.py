@@ -6,6 +6,7 @@ import logging
 import math
 from collections.abc import Callable, Mapping
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -31,7 +32,8 @@ from support import on_two_ranks
 from torch import Tensor, nn
 from torch._dynamo import eval_frame
 from torch._dynamo.backends.debugging import aot_eager
-from torch.distributed.fsdp import fully_shard
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import FullyShardedDataParallel, fully_shard
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
@@ -65,7 +67,7 @@ def train(
         optimizer.zero_grad()
         loss = loss_of(model, data(step))
         loss.backward()
-        norm = grad_norm(model.parameters()) if monitor.reads_next else None
+        norm = grad_norm(model.parameters(), ranks=monitor.ranks) if monitor.reads_next else None
         optimizer.step()
         readings.append(monitor.end(loss.detach(), norm))
     return [reading for reading in readings if reading is not None]
@@ -493,21 +495,49 @@ def comparable(reading: Reading) -> tuple:
 # --- several processes -------------------------------------------------------------------------------------------
 
 
-def _train_on_rank(rank: int) -> tuple:
+def _fsdp2() -> nn.Module:
     model = recipe()
     for block in model.blocks:
         fully_shard(block)
-    fully_shard(model)
+    return fully_shard(model)
+
+
+def _fsdp1() -> nn.Module:
+    model = recipe()
+    wrap = partial(FullyShardedDataParallel, use_orig_params=True, device_id=torch.device("cpu"))
+    for i, block in enumerate(model.blocks):
+        model.blocks[i] = wrap(block)
+    return wrap(model)
+
+
+def _wholes(model: nn.Module, gradients: bool = False) -> dict[str, Tensor]:
+    """Copies of all parameters, or of their gradients."""
+    with FullyShardedDataParallel.summon_full_params(model, writeback=False, with_grads=gradients):
+        values = {clean(name): p.grad if gradients else p.detach() for name, p in model.named_parameters()}
+        return {n: (v.full_tensor() if isinstance(v, dist.tensor.DTensor) else v).clone() for n, v in values.items()}
+
+
+def clean(name: str) -> str:
+    return name.replace("_fsdp_wrapped_module.", "")
+
+
+def _train_on_rank(rank: int, make: Callable[[], nn.Module]) -> tuple:
+    model = make()
+    if make is _fsdp1:
+        with pytest.raises(ValueError, match="measure must not hold jacobian_alignment under FSDP1"):
+            Monitor(model, {"jacobian_alignment": 2})
     kwargs = {"thresholds": ONE_MATRIX, "cooldown": 4}
     monitor = Monitor(model, {"stable_rank": 2, "spectral_alignment": 2}, "restore", **kwargs)
 
     def collapse_sharded(model: nn.Module) -> None:
-        parameter = model.get_parameter(UP)
-        whole = parameter.full_tensor().detach()
-        U, S, Vh = torch.linalg.svd(whole, full_matrices=False)
+        U, S, Vh = torch.linalg.svd(_wholes(model)[UP], full_matrices=False)
         S[1:] = S[0] / 100
-        with torch.no_grad():
-            parameter.copy_(dist.tensor.distribute_tensor((U * S) @ Vh, parameter.device_mesh, parameter.placements))
+        new = (U * S) @ Vh
+        with torch.no_grad(), FullyShardedDataParallel.summon_full_params(model):
+            parameter = next(p for name, p in model.named_parameters() if clean(name) == UP)
+            if isinstance(parameter, dist.tensor.DTensor):
+                new = dist.tensor.distribute_tensor(new, parameter.device_mesh, parameter.placements)
+            parameter.copy_(new)
 
     rank_data = {"data": lambda step: batch(2 * step + rank)}
     readings = train(model, monitor, range(1, 8), edits={3: collapse_sharded}, **rank_data)
@@ -515,7 +545,7 @@ def _train_on_rank(rank: int) -> tuple:
     monitor.begin()
     loss_of(model, batch(rank))
     readings.append(monitor.end(loss, 1.0))
-    replicated = dist.tensor.DTensor.from_local(torch.tensor(2.5), next(model.blocks.parameters()).device_mesh)
+    replicated = dist.tensor.DTensor.from_local(torch.tensor(2.5), init_device_mesh("cpu", (2,)))
     readings += [reading for _ in range(2) if (reading := monitor.end(replicated)) is not None]
     norms = []
     whole_parameter = nn.Parameter(torch.ones(3))  # beside the sharded ones
@@ -523,16 +553,17 @@ def _train_on_rank(rank: int) -> tuple:
     for step in (1, 2):
         model.zero_grad()
         loss_of(model, batch(rank + step)).backward()
-        norm = grad_norm([whole_parameter, *model.parameters()])
-        norms.append((norm, [torch.ones(3), *(p.grad.full_tensor() for p in model.parameters())]))
-    whole = {name: p.full_tensor().detach() for name, p in model.named_parameters()}
+        norm = grad_norm([whole_parameter, *model.parameters()], ranks=monitor.ranks)
+        norms.append((norm, [torch.ones(3), *_wholes(model, gradients=True).values()]))
+    whole = _wholes(model)
     found = alarms(readings), restored(readings), [repr(r.metrics) for r in readings if not r.restored]
     tokens = {m.tokens for r in readings if r.alignment is not None for m in r.alignment.matrices}
     return whole, found, tokens, norms
 
 
-def test_ranks_of_a_sharded_model_see_the_same_and_restore_the_same(tmp_path: Path):
-    (a, seen, tokens, norms), (b, seen_1, *_) = on_two_ranks(_train_on_rank, tmp_path)
+@pytest.mark.parametrize("make", [_fsdp2, _fsdp1])
+def test_ranks_of_a_sharded_model_see_the_same_and_restore_the_same(make, tmp_path: Path):
+    (a, seen, tokens, norms), (b, seen_1, *_) = on_two_ranks(_train_on_rank, tmp_path, make)
     assert_same(a, b)
     assert seen == seen_1
     assert seen[0] == [(4, "stable_rank", UP), (8, "non_finite", "loss")]

@@ -3,6 +3,7 @@
 import itertools
 import math
 import os
+import re
 import signal
 from collections import Counter, OrderedDict
 from collections.abc import Callable, Iterator
@@ -257,6 +258,18 @@ def spoiled(ranks: int, make: Callable[[int], nn.Module]) -> Any:
     return stayed.all(1).tolist(), report.skipped
 
 
+def spoiled_shard(ranks: int) -> Any:
+    """The last rank of FSDP1 has a NaN in its shard of an expert or of another matrix."""
+    model = fsdp1(ranks)
+    if dist.get_rank() == ranks - 1:
+        next(p for p in model.experts.parameters() if p.numel()).detach()[-1] = math.nan
+    before = whole(model)
+    report = Restoration(model, **SETTINGS).apply()
+    after = whole(model)
+    changed = {name for name in after if not torch.equal(after[name].nan_to_num(7.0), before[name].nan_to_num(7.0))}
+    return report.skipped, sum(int(p.isnan().sum()) for p in after.values()), changed
+
+
 def raising(ranks: int) -> Any:
     """Rank 1 fails in the second round."""
     model, calls = ddp(ranks), []
@@ -280,6 +293,15 @@ def disagreeing(ranks: int, make: Callable[[int], nn.Module]) -> str:
     settings = SETTINGS | ({"exclude": "*plain*"} if dist.get_rank() == ranks - 1 else {})
     try:
         Restoration(make(ranks), **settings).apply()
+    except ValueError as error:
+        return str(error)
+    return ""
+
+
+def another_rule(ranks: int) -> str:
+    """The last rank has another rule than the others."""
+    try:
+        Restoration(ddp(ranks), rule="cap" if dist.get_rank() == ranks - 1 else "msign").apply()
     except ValueError as error:
         return str(error)
     return ""
@@ -335,7 +357,9 @@ def _on_rank(rank: int, ranks: int) -> dict[str, Any]:
         results[f"spoiled {make.__name__}"] = spoiled(ranks, make)
     for make in (ddp, fsdp2, fsdp1) if ranks == 2 else (hsdp, tp_fsdp2):
         results[f"disagreeing {make.__name__}"] = disagreeing(ranks, make)
-    results |= {f.__name__: f(ranks) for f in (raising, threads, declared, own_modules, stages)}
+    results |= {
+        f.__name__: f(ranks) for f in (spoiled_shard, raising, another_rule, threads, declared, own_modules, stages)
+    }
     return results
 
 
@@ -405,6 +429,15 @@ def test_what_is_not_finite_on_one_rank_is_left_alone_on_all(run):
             assert stayed == ([False] * 12 + [True] * 24 if rank % 2 else [False] * 36)
 
 
+def test_what_is_not_finite_in_a_shard_of_fsdp1_is_left_alone_on_all(run):
+    for of_rank in run[1]:
+        skipped, n_nan, changed = of_rank["spoiled_shard"]
+        assert len(skipped) == n_nan == 1
+        assert skipped[0].startswith("experts.")
+        assert "mlp.qkv.weight" in changed
+        assert of_rank["spoiled_shard"] == run[1][0]["spoiled_shard"]
+
+
 def test_a_failing_owner_fails_all_ranks_with_its_name_and_leaves_its_matrices(run, alone):
     before = whole(Zoo())
     for of_rank in run[1]:
@@ -419,8 +452,13 @@ def test_ranks_that_want_different_matrices_are_told_so(run):
     for of_rank in run[1]:
         for name, message in of_rank.items():
             if name.startswith("disagreeing"):
-                assert "all ranks must have the same matrices, got mlp.plain" in message, name
+                assert "all ranks must have the same matrices and settings, got mlp.plain" in message, name
                 assert f"on rank {run[0] - 1}" in message
+
+
+def test_ranks_with_different_rules_are_told_so(run):
+    for of_rank in run[1]:
+        assert re.search(r"got rule msign, .* on rank 0 and rule cap, .* on rank \d", of_rank["another_rule"])
 
 
 def test_ranks_of_different_thread_counts_end_equal(run):
@@ -544,7 +582,8 @@ def _fit_on_rank(rank: int) -> dict[str, Any]:
     from lightning.pytorch.plugins.environments import TorchElasticEnvironment
     from lightning.pytorch.strategies import DDPStrategy, FSDPStrategy, ModelParallelStrategy
 
-    from msign_lightning import MSignCallback
+    from msign_lightning import MSignCallback, StabilityMonitor
+    from msign_lightning.recipes.recorder import Rows
 
     class Language(pl.LightningModule):
         """It wraps itself for FSDP1, since Lightning's own way needs a GPU."""
@@ -591,7 +630,10 @@ def _fit_on_rank(rank: int) -> dict[str, Any]:
     tokens = torch.randint(96, (12, 16), generator=torch.Generator().manual_seed(rank))
     found = {}
     for name, strategy in strategies.items():
-        for kind, callbacks in (("with", [MSignCallback(period=2)]), ("without", [])):
+        for kind, callbacks in (
+            ("with", [MSignCallback(period=2), StabilityMonitor({"stable_rank": 1, "spectral_alignment": 1})]),
+            ("without", []),
+        ):
             module = Language()
             quiet = {f"enable_{what}": False for what in ("checkpointing", "progress_bar", "model_summary")}
             trainer = pl.Trainer(
@@ -600,12 +642,20 @@ def _fit_on_rank(rank: int) -> dict[str, Any]:
                 strategy=strategy(),
                 max_steps=2 if kind == "without" else 3,
                 callbacks=[*callbacks, keep := KeepWeights()],
-                logger=False,
+                logger=(rows := Rows()),
                 use_distributed_sampler=False,
                 **quiet,
             )
             trainer.fit(module, DataLoader(tokens, batch_size=4))
-            found[f"{name} {kind}"] = keep.weights
+            found[f"{name} {kind}"] = (
+                keep.weights,
+                {
+                    (name, step): value
+                    for step, row in rows.rows.items()
+                    for name, value in row.items()
+                    if name.startswith(("stab", "sign_diversity", "spectral"))
+                },
+            )
     return found
 
 
@@ -615,10 +665,13 @@ def test_lightning_restores_what_one_process_would(tmp_path):
     for strategy in ("ddp", "fsdp2", "fsdp1"):
         model = nn.Module()
         model.model = llama()
-        model.load_state_dict(results[0][f"{strategy} without"], strict=False)
+        model.load_state_dict(results[0][f"{strategy} without"][0], strict=False)
         Restoration(model).apply()
         for of_rank in results:
-            assert_same(of_rank[f"{strategy} with"], whole(model))
+            assert_same(of_rank[f"{strategy} with"][0], whole(model))
+    flat, copied = (results[0][f"{strategy} with"][1] for strategy in ("fsdp1", "ddp"))
+    assert len(flat) > 20
+    assert flat == pytest.approx(copied, rel=1e-4)  # FSDP2 adds up gradients on CPUs
 
 
 # --- plans of large models -----------------------------------------------------------------------------------------

@@ -16,7 +16,6 @@ from composer.algorithms import SAM, GradientClipping
 from composer.core import Algorithm, Callback, Precision
 from composer.loggers import LoggerDestination, TensorboardLogger
 from composer.trainer._scaler import ClosureGradScaler
-from composer.utils.parallelism import FSDPConfig
 from lightning.pytorch.loggers import CSVLogger
 from stability import (
     ONE_MATRIX,
@@ -417,14 +416,6 @@ def test_what_is_not_there_is_refused_when_fitting_starts():
     model.transformer = recipe(n_layers=1)
     with pytest.raises(ValueError, match=r"blocks must be names or globs of modules, such as .*without a list of them"):
         fit(StabilityMonitor({"jacobian_alignment": 5}), model=model)
-
-
-def test_fsdp1_is_refused():
-    trainer = make_trainer(StabilityMonitor())
-    trainer.state.fsdp_config = FSDPConfig()
-    with pytest.raises(RuntimeError, match=r"FSDP1.*FSDP_VERSION=2"):
-        trainer.fit()
-    trainer.close()
 
 
 def test_repr_is_stable_and_complete():

@@ -2,11 +2,19 @@
 
 import json
 import logging
+import os
+from functools import partial
 
 import pytest
 import torch
 from accelerate import Accelerator
+from accelerate.state import AcceleratorState
+from accelerate.utils import DistributedType
 from small_models import llama
+from support import assert_same, on_two_ranks
+from torch import nn
+from torch.distributed.fsdp import FullyShardedDataParallel
+from torch.distributed.tensor import DTensor
 from torch.utils.data import Dataset
 from transformers import Trainer, TrainerCallback, TrainingArguments
 
@@ -142,3 +150,60 @@ def test_an_optimizer_of_accelerate_can_be_attached():
     for _ in range(5):
         optimizer.step()
     assert [report.step for report in reports] == [2, 4]
+
+
+# --- several processes -------------------------------------------------------------------------------------------
+
+
+def _train_on_rank(rank, folder):
+    os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2"}
+    os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "0"}
+    usual = AcceleratorState.__init__
+
+    def init(self, *args, fsdp_plugin=None, **others):
+        """Shards are for accelerators only."""
+        usual(self, *args, fsdp_plugin=fsdp_plugin, **others)
+        if fsdp_plugin is not None:
+            self.distributed_type, self.fsdp_plugin = DistributedType.FSDP, fsdp_plugin
+
+    AcceleratorState.__init__ = init
+    torch.cuda.current_device = lambda: torch.device("cpu")
+    wrap = partial(FullyShardedDataParallel, use_orig_params=True, device_id=torch.device("cpu"))
+    found = {}
+    for name in ("ddp", "fsdp1", "fsdp2"):
+        for callbacks in ([MSignTrainerCallback(period=2)], []):
+            AcceleratorState._reset_state()
+            arguments = {}
+            if name != "ddp":
+                layer = {"transformer_layer_cls_to_wrap": ["LlamaDecoderLayer"], "sync_module_states": False}
+                arguments = {"fsdp": True, "fsdp_config": {"version": int(name[-1]), **layer}}
+            torch.manual_seed(0)
+            model = llama()
+            if name == "fsdp1":  # accelerate takes wrapped models as they are
+                model.model.layers = nn.ModuleList(map(wrap, model.model.layers))
+                model = wrap(model)
+            trainer = train(folder, *callbacks, model=model, max_steps=2, remove_unused_columns=False, **arguments)
+            with FullyShardedDataParallel.summon_full_params(trainer.model, writeback=False):
+                found[f"{name} {'with' if callbacks else 'without'}"] = dict(map(own, trainer.model.named_parameters()))
+            assert all(isinstance(p, DTensor) == (name == "fsdp2") for p in trainer.model.parameters())
+            assert applied(trainer) == ([2] if callbacks else [])
+    return found
+
+
+def own(item):
+    """A parameter's name in one process, and a copy of its values."""
+    name, p = item
+    return name.replace("_fsdp_wrapped_module.", ""), (
+        p.full_tensor() if isinstance(p, DTensor) else p
+    ).detach().clone()
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_shards_are_restored_as_one_process_would(tmp_path):
+    results = on_two_ranks(_train_on_rank, tmp_path, tmp_path)
+    for name in ("ddp", "fsdp1", "fsdp2"):
+        model = llama()
+        model.load_state_dict(results[0][f"{name} without"], strict=False)
+        Restoration(model).apply()
+        for of_rank in results:
+            assert_same(of_rank[f"{name} with"], dict(model.named_parameters()))

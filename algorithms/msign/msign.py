@@ -119,13 +119,6 @@ def no_effect_warning(method: object) -> Iterator[None]:
         warnings.warn(NoEffectWarning(f"{type(method).__name__} has no effect: {error}"), stacklevel=3)
 
 
-def refuse_flat_weights(method: object, state: State) -> None:
-    """Raises where FSDP1 keeps no matrix in one piece."""
-    if state.fsdp_config_version == 1:
-        name = type(method).__name__
-        raise RuntimeError(f"{name} does not support FSDP1, which flattens the weights: set FSDP_VERSION=2")
-
-
 def innermost(optimizer: Optimizer) -> Optimizer:
     """The optimizer that `SAM` wraps, which steps once per completed step and not at all where the scaler skips one."""
     return optimizer.base_optimizer if isinstance(optimizer, SAMOptimizer) else optimizer

@@ -9,7 +9,7 @@ from composer.core import Callback, State
 from composer.loggers import Logger
 from composer.utils import ensure_tuple
 
-from msign_lightning.algorithms.msign.msign import innermost, no_effect_warning, refuse_flat_weights, sink
+from msign_lightning.algorithms.msign.msign import innermost, no_effect_warning, sink
 from msign_lightning.shells import MonitorShell
 
 log = logging.getLogger(__name__)
@@ -27,7 +27,7 @@ class StabilityMonitor(MonitorShell, Callback):
 
     Raises:
         ValueError: An argument is out of its range; or when fitting starts, a glob matches nothing.
-        RuntimeError: When fitting starts under FSDP1, which keeps no matrix in one piece.
+            Under FSDP1, `use_orig_params` must be True, as it is by default, and Jacobians can't be measured.
     """
 
     def __post_init__(self) -> None:
@@ -40,7 +40,6 @@ class StabilityMonitor(MonitorShell, Callback):
         self._siblings = [callback for callback in state.callbacks if isinstance(callback, StabilityMonitor)]
 
     def fit_start(self, state: State, logger: Logger) -> None:
-        refuse_flat_weights(self, state)
         steps = int(state.timestamp.batch)  # at zero the run is new, or `fit(reset_time=True)` says so
         optimizer = innermost(ensure_tuple(state.optimizers)[0])
         with no_effect_warning(self):
