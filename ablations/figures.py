@@ -5,6 +5,7 @@ Up to `MOST` groups are lines of one panel, each in a colour of its own; of more
 
 from __future__ import annotations
 
+import itertools
 import math
 import textwrap
 from collections.abc import Callable, Mapping, Sequence
@@ -19,16 +20,17 @@ from matplotlib.ticker import LogLocator, NullFormatter, NullLocator
 from matplotlib.transforms import ScaledTranslation
 
 from msign_lightning.ablations import results
-from msign_lightning.ablations.cell import Group, show
-from msign_lightning.ablations.study import Bisect, Grid, Study
+from msign_lightning.ablations.cell import Group
+from msign_lightning.ablations.results import Findings, factors_of
+from msign_lightning.ablations.study import Bisect, Grid
 
 COLORS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9", "#000000")  # Okabe and Ito's, for every eye
 DASHES = ("-", "--", ":", "-.")  # a round of the colours each
 GREY = "#888888"
 MOST = len(COLORS) + 1
 SMALL = 8  # points
-STRIP = 0.08  # share of the axes that is for runs that diverged
 
+Style = dict[str, Any]
 Panels = Mapping[str, Mapping[str, pd.DataFrame]]
 """Title → label of a line → its data."""
 
@@ -47,47 +49,24 @@ def bound(boundary: Any) -> str:
     return f"{sign}{boundary.lr_max:.3g}"
 
 
-def draw(study: Study, table: pd.DataFrame, boundaries: pd.DataFrame, baseline: str) -> list[Drawing]:
+def draw(found: Findings) -> list[Drawing]:
     """The figures for which there are data. A bisection has none of the losses, whose learning rates it chose."""
-    drawings = []
-    if not isinstance(study.sampler, Bisect):
-        text = (
-            f"{study.metric} against peak learning rate: points for seeds, set side by side, and lines for means over "
-            "all seeds; a line has gaps where a run diverged."
-        )
-        drawings.append(Drawing("loss", text, loss(table, baseline, study.metric)))
-    if len(boundaries):
-        text = (
-            "Up to which learning rate training is stable, with intervals; arrows where no run shows an end. Every run "
-            "is a tick: below its line if it was stable, above if not."
-        )
-        drawings.append(Drawing("frontier", text, frontier(table, boundaries)))
-        if (figure := frontier_map(boundaries)) is not None:
-            text = "LR_max by period and targets; † where a stable run is above an unstable one."
-            drawings.append(Drawing("frontier_map", text, figure))
+    sampler, table = found.study.sampler, found.table
+    drawings = [] if isinstance(sampler, Bisect) else [loss(table, found.baseline, found.study.metric)]
+    if len(found.boundaries):
+        drawings += [frontier(table, found.boundaries), *frontier_map(found.boundaries)]
     fatal = table["lr"].isin(table["lr"][table["collapsed_at"].notna()])
-    if isinstance(study.sampler, Grid) and fatal.any():
-        text = (
-            "Share of runs that have not collapsed, by Kaplan and Meier, at each learning rate at which one did; up to "
-            f"three lines with {results.LEVEL:.0%} intervals. A run that had not collapsed at its end is censored "
-            "there. Lines are set off a little, so that equal ones stay apart."
-        )
-        drawings.append(Drawing("survival", text, survival(table[fatal], baseline)))
+    if isinstance(sampler, Grid) and fatal.any():
+        drawings.append(survival(table[fatal], found.baseline))
     return drawings
 
 
-def loss(table: pd.DataFrame, baseline: str, metric: str = "loss/val") -> Figure:
-    """Validation loss against learning rate: a line for the mean over seeds, a point for each.
-
-    Unstable runs are hollow. Runs that diverged, or ended above every initial loss, are crosses in a strip at the upper
-    edge, and gaps in the line.
-    """
-    top = table["initial_loss"].max()
-    lost = ~(table["val_loss"] <= top)
+def loss(table: pd.DataFrame, baseline: str, metric: str) -> Drawing:
+    """Validation loss against learning rate."""
+    lost = ~(table["val_loss"] <= table["initial_loss"].max())
     table = table.assign(loss=table["val_loss"].mask(lost))
-    strip = STRIP if lost.any() else 0
 
-    def draw_line(ax: Axes, rows: pd.DataFrame, style: dict[str, Any], aside: float) -> None:
+    def draw_line(ax: Axes, rows: pd.DataFrame, style: Style, aside: float) -> None:
         color = style["color"]
         losses_RS = rows.pivot(index="lr", columns="seed", values="loss").sort_index()
         lines = []
@@ -96,33 +75,34 @@ def loss(table: pd.DataFrame, baseline: str, metric: str = "loss/val") -> Figure
         for stable, face in ((True, color), (False, "white")):
             some = rows[rows["stable"] == stable]
             lines += ax.plot(some["lr"], some["loss"], "o", color=color, markerfacecolor=face, markersize=4)
-        rates = rows["lr"][rows["loss"].isna()]
-        edge = ax.get_xaxis_transform()
-        lines += ax.plot(rates, [1 - strip / 2] * len(rates), "x", color=color, markersize=5, transform=edge)
+        rates, above = rows["lr"][rows["loss"].isna()], ax.get_xaxis_transform()
+        lines += ax.plot(rates, [1.04] * len(rates), "x", color=color, markersize=5, transform=above, clip_on=False)
+        lines[-1].set_in_layout(False)
         for line in lines:
             line.set_transform(line.get_transform() + ScaledTranslation(aside / 24, 0, ax.figure.dpi_scale_trans))
 
-    above = (lost & table["val_loss"].notna()).any()
-    markers = {
-        "stable": ("o", GREY, table["stable"].any()),
-        "unstable": ("o", "white", (~table["stable"] & ~lost).any()),
-        f"diverged or above {top:.2f}" if above else "diverged": ("x", GREY, lost.any()),
-    }
-    handles = [_marker(text, shape, GREY, face) for text, (shape, face, is_used) in markers.items() if is_used]
-    figure, axes = _panels(_by_group(table, baseline), _grey(table, baseline), draw_line, handles)
-    for ax in axes:
-        ax.fill_between([0, 1], 1 - strip, 1, color="0.93", zorder=0, transform=ax.transAxes, linewidth=0)
-        _scale(ax, table["lr"])
+    handles = [_marker("stable", "o", GREY), _marker("unstable", "o", GREY, "white")]
+    if lost.any():
+        handles.append(_marker("diverged, or above every initial loss", "x", GREY))
+    groups = dict(list(table.groupby("group", sort=False)))
+    panels: Panels = {"": {group.label: rows for group, rows in groups.items()}}
+    if len(groups) > MOST:
+        partner = results.partners(list(groups), baseline)
+        pairs = {g: [partner[g], g] if g in partner else [g] for g in groups if g not in partner.values()}
+        panels = {group.label: {g.label: groups[g] for g in pair} for group, pair in pairs.items()}
+    figure, axes = _panels(panels, _grey(table, baseline), draw_line, handles)
+    _scale(axes[0], table["lr"])
     figure.supxlabel("peak learning rate", fontsize="medium")
     figure.supylabel(f"validation loss ({metric})", fontsize="medium")
-    low, high = axes[0].get_ylim()
-    axes[0].set_yticks([tick for tick in axes[0].get_yticks() if low <= tick <= high and not lost.all()])
-    axes[0].set_ylim(low, low + (high - low) / (1 - strip))
-    return figure
+    text = (
+        f"{metric} against peak learning rate: points for seeds, set side by side, and lines for means over all seeds; "
+        "a line has gaps where a run diverged."
+    )
+    return Drawing("loss", text, figure)
 
 
-def frontier(table: pd.DataFrame, boundaries: pd.DataFrame) -> Figure:
-    """LR_max of each group with its interval, arrows where an end is not known; and every run, stable or not."""
+def frontier(table: pd.DataFrame, boundaries: pd.DataFrame) -> Drawing:
+    """LR_max of each group with its interval, and every run."""
     figure = Figure(figsize=(7, 1.5 + 0.32 * len(boundaries)), layout="constrained")
     ax = figure.add_subplot()
     values = pd.concat([boundaries["lr_max"], boundaries["low"], boundaries["high"], table["lr"]])
@@ -142,57 +122,52 @@ def frontier(table: pd.DataFrame, boundaries: pd.DataFrame) -> Figure:
     _scale(ax, table["lr"])
     ax.set_xlim(left, right)
     ax.set_ylim(len(boundaries) - 0.5, -0.5)
-    names = [b.group.label + " †" * (b.n_non_monotone > 0) for b in boundaries.itertuples()]
+    names = [f"{b.group.label}{' †' * (b.n_non_monotone > 0)}   {bound(b)}" for b in boundaries.itertuples()]
     ax.set_yticks(range(len(boundaries)), names, fontsize=SMALL)
     ax.grid(axis="x", alpha=0.3)
     levels = " or ".join(f"{level:.3g}" for level in sorted(boundaries["confidence"].unique()))
     ax.set_xlabel(f"highest stable learning rate LR_max\n(interval that holds it with probability {levels})")
-    right_axis = ax.secondary_yaxis("right")
-    right_axis.set_yticks(range(len(boundaries)), [bound(b) for b in boundaries.itertuples()], fontsize=SMALL)
-    right_axis.tick_params(length=0, pad=8)
     handles = [_marker("LR_max", "o", color), _marker("a bound only", "o", color, "white")]
     handles += [_marker("unstable run", "|", is_unstable), _marker("stable run", "|", is_stable)]
-    if (boundaries["n_non_monotone"] > 0).any():
-        handles.append(_marker("stable above unstable", "$†$", "black"))
     _legend(figure, handles, len(handles))
-    return figure
+    text = (
+        "Up to which learning rate training is stable, with intervals; arrows where no run shows an end; † where a "
+        "stable run is above an unstable one."
+    )
+    return Drawing("frontier", text, figure)
 
 
-def frontier_map(boundaries: pd.DataFrame) -> Figure | None:
-    """LR_max by period and targets, a panel for each arm with its other factors; None without two of each."""
-    panels: dict[Group, dict[tuple[Any, Any], Any]] = {}
-    for b in boundaries.itertuples():
-        factors = dict(b.group.factors)
-        if {"period", "targets"} <= factors.keys():
-            place = factors.pop("period"), factors.pop("targets")
-            panels.setdefault(Group(b.group.arm, tuple(factors.items())), {})[place] = b
-    panels = {g: cells for g, cells in panels.items() if all(len(set(axis)) > 1 for axis in zip(*cells, strict=True))}
+def frontier_map(boundaries: pd.DataFrame) -> list[Drawing]:
+    """LR_max by period and targets, a panel for each arm with its other factors; nothing without two of each."""
+    axis_names = ["period", "targets"]
+    cells = boundaries.join(factors_of(boundaries["group"])).reindex(columns=[*boundaries, *axis_names])
+    cells = cells.dropna(subset=axis_names)
+    others = [Group(g.arm, tuple(f for f in g.factors if f[0] not in axis_names)) for g in cells["group"]]
+    panels = {group: part for group, part in cells.groupby(others) if (part[axis_names].nunique() > 1).all()}
     if not panels:
-        return None
-    drawn = [b.lr_max for cells in panels.values() for b in cells.values()]
-    norm = LogNorm(min(drawn) / 1.01, max(drawn) * 1.01)
-    periods = sorted({period for cells in panels.values() for period, _ in cells})
-    targets = list(dict.fromkeys(target for cells in panels.values() for _, target in cells))
-    size = (1.8 + 0.95 * len(periods), (0.9 + 0.55 * len(targets)) * len(panels))
-    figure = Figure(figsize=size, layout="constrained")
+        return []
+    norm = LogNorm(cells["lr_max"].min() / 1.01, cells["lr_max"].max() * 1.01)
+    width, height = (cells[name].nunique() for name in axis_names)
+    figure = Figure(figsize=(1.8 + 0.95 * width, (0.9 + 0.55 * height) * len(panels)), layout="constrained")
     axes = figure.subplots(len(panels), 1, squeeze=False)[:, 0]
-    for ax, (group, cells) in zip(axes, panels.items(), strict=True):
-        values = [[cells[p, t].lr_max if (p, t) in cells else math.nan for p in periods] for t in targets]
-        ax.imshow(values, norm=norm, cmap="viridis", aspect="auto")
-        for (period, target), cell in cells.items():
-            color = "white" if norm(cell.lr_max) < 0.5 else "black"
-            text = bound(cell) + " †" * (cell.n_non_monotone > 0)
-            place = periods.index(period), targets.index(target)
-            ax.text(*place, text, ha="center", va="center", color=color, fontsize=SMALL + 1)
-        ax.set_xticks(range(len(periods)), map(show, periods))
-        ax.set_yticks(range(len(targets)), map(show, targets))
+    for ax, (group, part) in zip(axes, panels.items(), strict=True):
+        rates = part.pivot(index="targets", columns="period", values="lr_max").reindex(part["targets"].unique())
+        ax.imshow(rates, norm=norm, cmap="viridis", aspect="auto")
+        for b in part.itertuples():
+            x, y = rates.columns.get_loc(b.period), rates.index.get_loc(b.targets)
+            color = "white" if norm(b.lr_max) < 0.5 else "black"
+            text = bound(b) + " †" * (b.n_non_monotone > 0)
+            ax.text(x, y, text, ha="center", va="center", color=color, fontsize=SMALL + 1)
+        ax.set_xticks(range(len(rates.columns)), rates.columns)
+        ax.set_yticks(range(len(rates.index)), rates.index)
         ax.set_title(f"LR_max of {group.label}", fontsize=SMALL + 2)
         ax.tick_params(length=0)
     axes[-1].set_xlabel("period P (steps)")
-    return figure
+    text = "LR_max by period and targets; † where a stable run is above an unstable one."
+    return [Drawing("frontier_map", text, figure)]
 
 
-def survival(table: pd.DataFrame, baseline: str) -> Figure:
+def survival(table: pd.DataFrame, baseline: str) -> Drawing:
     """Share of runs that have not collapsed, at each learning rate by itself, up to the end of the longest run."""
     curves = results.survival(table)
     groups = curves["group"].map(lambda group: group.label)
@@ -201,7 +176,7 @@ def survival(table: pd.DataFrame, baseline: str) -> Figure:
     panels = {t: dict(list(part.groupby(label, sort=False))) for t, part in curves.groupby(title, sort=False)}
     has_bands = max(map(len, panels.values())) <= 3
 
-    def draw_line(ax: Axes, curve: pd.DataFrame, style: dict[str, Any], aside: float) -> None:
+    def draw_line(ax: Axes, curve: pd.DataFrame, style: Style, aside: float) -> None:
         (line,) = ax.step(curve["step"], curve["share"], where="post", linewidth=1.5, **style)
         line.set_transform(ax.transData + ScaledTranslation(0, -aside / 48, ax.figure.dpi_scale_trans))
         if has_bands:
@@ -213,17 +188,12 @@ def survival(table: pd.DataFrame, baseline: str) -> Figure:
     axes[0].set_xlim(0, curves["step"].max() * 1.02)
     figure.supxlabel("optimizer steps", fontsize="medium")
     figure.supylabel("share of runs not collapsed", fontsize="medium")
-    return figure
-
-
-def _by_group(table: pd.DataFrame, baseline: str) -> Panels:
-    """One panel for all groups; or one for each, with that of the baseline which it is compared with."""
-    lines = dict(list(table.groupby("group", sort=False)))
-    if len(lines) <= MOST:
-        return {"": {group.label: rows for group, rows in lines.items()}}
-    partner = results.partners(list(lines), baseline)
-    pairs = {g: [partner[g], g] if g in partner else [g] for g in lines if g not in partner.values()}
-    return {group.label: {g.label: lines[g] for g in pair} for group, pair in pairs.items()}
+    text = (
+        "Share of runs that have not collapsed, by Kaplan and Meier, at each learning rate at which one did; up to "
+        f"three lines with {results.LEVEL:.0%} intervals. A run that had not collapsed at its end is censored there. "
+        "Lines are set off a little, so that equal ones stay apart."
+    )
+    return Drawing("survival", text, figure)
 
 
 def _grey(table: pd.DataFrame, baseline: str) -> list[str]:
@@ -236,7 +206,7 @@ def _grey(table: pd.DataFrame, baseline: str) -> list[str]:
 def _panels(
     panels: Panels,
     grey: Sequence[str],
-    draw_line: Callable[[Axes, pd.DataFrame, dict[str, Any], float], None],
+    draw_line: Callable[[Axes, pd.DataFrame, Style, float], None],
     markers: Sequence[Line2D] = (),
 ) -> tuple[Figure, list[Axes]]:
     """Panels with the same axes, and a legend for markers and all lines but those that the title of a panel names.
@@ -245,10 +215,9 @@ def _panels(
     """
     labels = dict.fromkeys(label for lines in panels.values() for label in lines if label not in panels)
     colored = [label for label in labels if label not in grey]
-    styles: dict[str, dict[str, Any]] = {label: {"color": GREY, "linestyle": "-"} for label in grey}
-    for i, label in enumerate(colored):
-        dashes = DASHES[i // len(COLORS) % len(DASHES)]
-        styles[label] = {"color": COLORS[i % len(COLORS)], "linestyle": dashes}
+    styles: dict[str, Style] = {label: {"color": GREY, "linestyle": "-"} for label in labels}
+    for label, (dashes, color) in zip(colored, itertools.product(DASHES, COLORS), strict=False):
+        styles[label] = {"color": color, "linestyle": dashes}
     columns = min(len(panels), 2 if len(panels) <= 4 else 4)
     rows = math.ceil(len(panels) / columns)
     width, height = {1: (6.5, 4.2), 2: (4.6, 3.4)}.get(columns, (3.0, 2.4))
@@ -258,12 +227,12 @@ def _panels(
         for place, (label, data) in enumerate(lines.items()):
             style = styles.get(label, {"color": COLORS[0], "linestyle": "-"})
             draw_line(ax, data, style, place - (len(lines) - 1) / 2)
-        ax.set_title(textwrap.fill(title, 34), fontsize=SMALL)
+        ax.set_title(textwrap.fill(title, 34) or " ", fontsize=SMALL, pad=12)
         ax.grid(alpha=0.3)
         ax.tick_params(labelbottom=True, labelsize=SMALL)
     for ax in axes[len(panels) :]:
         ax.remove()
-    handles = [Line2D([], [], **styles[label], label=textwrap.fill(label, 60)) for label in labels]
+    handles = [Line2D([], [], label=label, **style) for label, style in styles.items()]
     room = int(width * columns * 13) // (4 + max(map(len, labels), default=0))
     _legend(figure, [*handles, *markers], min(max(room, 1), 4))
     return figure, axes[: len(panels)]
@@ -280,9 +249,8 @@ def _legend(figure: Figure, handles: Sequence[Line2D], columns: int) -> None:
 def _scale(ax: Axes, rates: pd.Series) -> None:
     """A logarithmic axis of learning rates, with labels at each, or, of many, at 1, 3 and 10 of each decade."""
     ax.set_xscale("log")
-    few = sorted(rates.unique()) if rates.nunique() <= 6 else []
-    if few:
-        ax.set_xticks(few)
+    if rates.nunique() <= 6:
+        ax.set_xticks(sorted(rates.unique()))
         ax.xaxis.set_minor_locator(NullLocator())
     else:
         ax.xaxis.set_major_locator(LogLocator(subs=(1.0, 3.0)))

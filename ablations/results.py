@@ -18,13 +18,14 @@ import pandas as pd  # type: ignore[import-untyped]
 from scipy import stats  # type: ignore[import-untyped]
 
 from msign_lightning.ablations.cell import Cell, Group, Outcome, show
+from msign_lightning.ablations.methods import PLAIN
+from msign_lightning.ablations.reader import StudyError
 from msign_lightning.ablations.sampler import bracket
+from msign_lightning.ablations.study import Grid, Study, Tpe
 
 LEVEL = 0.95
-FEWEST = 3
-"""Seeds that a verdict needs."""
-WORST_FIT = 0.05
-"""Relative error from which on a fit of the throughput says nothing."""
+FEWEST = 3  # seeds that a verdict needs
+WORST_FIT = 0.05  # relative error above which a fit of the throughput says nothing
 
 
 class Run(NamedTuple):
@@ -33,6 +34,51 @@ class Run(NamedTuple):
     cell: Cell
     outcome: Outcome
     stable: bool
+
+
+class Findings(NamedTuple):
+    """What the runs of a study show.
+
+    Attributes:
+        study: The study.
+        baseline: The arm with which others are compared.
+        table: A row for each run, as of `tabulate`.
+        results: A row for each group and learning rate, as of `summarize`, and the verdict on its losses.
+        boundaries: A row for each group of a grid over learning rates or of a bisection, as of `frontier`, and the
+            verdict on its boundary; none for other studies.
+    """
+
+    study: Study
+    baseline: str
+    table: pd.DataFrame
+    results: pd.DataFrame
+    boundaries: pd.DataFrame
+
+
+def find(study: Study, runs: Sequence[Run]) -> Findings:
+    """What the runs show: AdamW, or else the study's first arm that has runs, is the baseline.
+
+    Raises:
+        StudyError: There are no runs.
+    """
+    if not runs:
+        raise StudyError(f"runs must hold at least one finished run to report study {study.name}, got none")
+    place = {group: i for i, group in enumerate(study.groups)}
+    table = tabulate(sorted(runs, key=lambda r: (place.get(r.cell.group, len(place)), r.cell.lr, r.cell.seed)))
+    arms = {group.arm for group in table["group"]}
+    baseline = next(arm for arm in (PLAIN, *study.arms) if arm in arms)
+    results, boundaries = summarize(table, baseline), pd.DataFrame()
+    rates: list[float] = []
+    if isinstance(study.sampler, Grid):
+        rates = [float(lr) for lr in study.factors["lr"]]  # type: ignore[arg-type]
+    else:  # whose learning rates were chosen by the losses
+        results[["difference_low", "difference_high", "p"]] = math.nan
+    if not isinstance(study.sampler, Tpe) and table.groupby(["group", "seed"])["lr"].nunique().max() > 1:
+        boundaries = frontier(table, baseline, rates)
+    verdicts = judge(pd.concat([results, boundaries], ignore_index=True))
+    results["verdict"] = verdicts[: len(results)]
+    boundaries["verdict"] = verdicts[len(results) :].reset_index(drop=True)
+    return Findings(study, baseline, table, results, boundaries)
 
 
 def tabulate(runs: Iterable[Run]) -> pd.DataFrame:
@@ -49,19 +95,13 @@ def tabulate(runs: Iterable[Run]) -> pd.DataFrame:
 
 
 def factors_of(groups: Iterable[Group]) -> pd.DataFrame:
-    """A row for each group: its arm and its factors, each as it is or, if it is a tuple, as text; NaN where none."""
-    rows = [
-        {
-            "arm": group.arm,
-            **{name: show(value) if isinstance(value, tuple) else value for name, value in group.factors},
-        }
-        for group in groups
-    ]
-    return pd.DataFrame(rows, dtype=object)
+    """A row for each group: its arm and its factors, tuples as text; NaN where a factor does not concern the arm."""
+    frame = pd.DataFrame([{"arm": group.arm, **dict(group.factors)} for group in groups], dtype=object)
+    return frame.map(lambda value: show(value) if isinstance(value, tuple) else value)
 
 
 def partners(groups: Sequence[Group], baseline: str) -> dict[Group, Group]:
-    """Groups of other arms → that of the baseline with the same values of the factors that concern it, if there is one.
+    """Groups of other arms → that of the baseline with the same values of the factors that concern it, if it is there.
 
     Args:
         groups: Those that have runs.
@@ -124,16 +164,15 @@ def summarize(table: pd.DataFrame, baseline: str) -> pd.DataFrame:
 
     Args:
         table: That of `tabulate`.
-        baseline: Name of the arm that the others are compared with, group by group as in `partners`.
+        baseline: Name of the arm that the others are compared with, as in `partners`.
 
     Returns:
-        group and lr.
-        val_loss_0 and so on: validation loss by seed; infinite where the run diverged, NaN where there is none.
-        n_runs, n_stable, n_collapsed: numbers of runs; of those that collapsed or diverged, the steps at which they
-        did: collapse_median, collapse_first and collapse_last.
+        group, lr. val_loss_0 and so on: validation loss by seed; infinite where it diverged, NaN where there is no run.
+        n_runs, n_stable, n_collapsed: numbers of runs. collapse_median, collapse_first, collapse_last: steps at which
+        runs collapsed or diverged, of those that did.
         mean: of the validation loss; NaN if a run diverged. stable_rank: geometric mean; NaN if one is not known.
-        steps_per_second: mean.
-        n_pairs: seeds that the baseline has, too. n_better: those with a lower loss; one that diverged is the worse.
+        steps_per_second: mean. n_pairs: seeds that the baseline has, too. n_better: those with a lower loss, where one
+        that diverged is the worse.
         difference: mean over pairs of the loss minus the baseline's; NaN if a run diverged. Its interval and p as of
         `paired`, if all runs of both are stable and both have the same seeds.
     """
@@ -145,8 +184,8 @@ def summarize(table: pd.DataFrame, baseline: str) -> pd.DataFrame:
     for (group, lr), rows in places.items():
         reference = places.get((partner.get(group), lr), rows[:0])
         ours, theirs = rows["val_loss"].align(reference["val_loss"], join="inner")
-        losses = rows["val_loss"].fillna(math.inf)
         is_comparable = len(rows) == len(reference) == len(ours) and rows["stable"].all() and reference["stable"].all()
+        losses, ends = rows["val_loss"].fillna(math.inf), rows["end"]
         found.append(
             {
                 "group": group,
@@ -154,10 +193,8 @@ def summarize(table: pd.DataFrame, baseline: str) -> pd.DataFrame:
                 **{f"val_loss_{seed}": losses.get(seed, math.nan) for seed in seeds},
                 "n_runs": len(rows),
                 "n_stable": int(rows["stable"].sum()),
-                "n_collapsed": int(rows["end"].count()),
-                "collapse_median": rows["end"].median(),
-                "collapse_first": rows["end"].min(),
-                "collapse_last": rows["end"].max(),
+                "n_collapsed": int(ends.count()),
+                **{"collapse_median": ends.median(), "collapse_first": ends.min(), "collapse_last": ends.max()},
                 "mean": rows["val_loss"].mean(skipna=False),
                 "stable_rank": math.exp(np.log(rows["stable_rank"]).mean(skipna=False)),
                 "steps_per_second": rows["steps_per_second"].mean(),
@@ -197,12 +234,10 @@ def seed_boundaries(table: pd.DataFrame) -> pd.DataFrame:
     """Between which learning rates the runs of each group and seed turn from stable to unstable.
 
     Returns:
-        group and seed.
-        low: highest stable learning rate; 0 if none was. high: lowest unstable one; infinite if none was.
+        group, seed. low: highest stable learning rate; 0 if none was. high: lowest unstable one; infinite if none was.
         monotone: whether no stable run is above an unstable one (arXiv 2402.06184). Else low and high hold all places
-        for a single step that contradict the fewest runs.
-        middle: logarithm of the middle of the bracket, or of the end that it has. width: of the bracket, in decades; 0
-        where an end is missing.
+        for a single step that contradict the fewest runs. middle: logarithm of the middle of the bracket, or of the end
+        that it has. width: of the bracket, in decades; 0 where an end is missing.
     """
     found = []
     for (group, seed), rows in table.groupby(["group", "seed"], sort=False):
@@ -232,18 +267,15 @@ def frontier(table: pd.DataFrame, baseline: str, rates: Sequence[float] = ()) ->
         rates: The learning rates of the grid that all groups have; none for a bisection.
 
     Returns:
-        group, n_seeds, n_runs.
-        lr_max: Learning rate at which a run is stable with probability ½ over seeds: the median of the seeds'
-        boundaries, each the middle of its bracket on a logarithmic scale.
-        low, high: An interval; 0 and infinite where an end is missing. confidence: Probability that such an interval
-        holds LR_max. It is between the k-th lowest and the k-th highest seed with probability 1 - 2 P(Bin(n, ½) < k)
-        for every distribution of boundaries: 0 for one seed, whose bracket says nothing about others, then 0.5, 0.75,
-        0.875, 0.9375 for five. More seeds take the largest k for `LEVEL`.
-        status: Whether LR_max is "bracketed". At "all_stable" the median seed was stable wherever it was tried, and
-        lr_max is a lower bound; at "all_unstable" an upper one.
-        n_non_monotone: Seeds with a stable run above an unstable one.
-        lr_sensitivity: As of `lr_sensitivity`.
-        difference: Mean over seeds of log₁₀ boundary minus the baseline's; its interval and p as of `paired`. NaN
+        group, n_seeds, n_runs, n_non_monotone (seeds), and lr_sensitivity as of `lr_sensitivity`.
+        lr_max: learning rate at which a run is stable with probability ½ over seeds: the median of the seeds'
+        boundaries, each the middle of its bracket on a logarithmic scale. status: "bracketed"; at "all_stable" the
+        median seed was stable wherever it was tried, and lr_max is a lower bound; at "all_unstable" an upper one.
+        low, high: interval; 0 and infinite where an end is missing. confidence: probability that it holds LR_max, which
+        is between the k-th lowest and the k-th highest seed with probability 1 - 2 P(Bin(n, ½) < k) for every
+        distribution of boundaries: 0 for one seed, whose bracket says nothing about others, then 0.5, 0.75, 0.875,
+        0.9375 for five. More seeds take the largest k for `LEVEL`.
+        difference: mean over seeds of log₁₀ boundary minus the baseline's; its interval and p as of `paired`; NaN
         unless both have the same seeds. A boundary that was not reached counts as the end of what was tried: that makes
         a difference smaller. The widths of the brackets count as noise.
     """
@@ -272,8 +304,8 @@ def frontier(table: pd.DataFrame, baseline: str, rates: Sequence[float] = ()) ->
                 "n_runs": len(runs[group]),
                 "n_non_monotone": int((~own["monotone"]).sum()),
                 "lr_sensitivity": lr_sensitivity(runs[group], rates),
-                "difference": differences.mean() if has_pairs else math.nan,
-                **(paired(list(differences), noise) if has_pairs else paired([])),
+                "difference": differences.mean(skipna=False),
+                **paired(list(differences) if has_pairs else [], noise),
             }
         )
     return pd.DataFrame(found)
@@ -288,8 +320,7 @@ def lr_sensitivity(rows: pd.DataFrame, rates: Sequence[float]) -> float:
     """
     rows = rows.assign(clipped=rows[["val_loss", "initial_loss"]].min(axis=1))
     losses = rows.pivot(index="lr", columns="seed", values="clipped").reindex(sorted(rates))
-    diverged_everywhere = rows["val_loss"].isna().groupby(rows["seed"]).all()
-    if len(rates) < 2 or losses.isna().any(axis=None) or diverged_everywhere.any():
+    if len(rates) < 2 or losses.isna().any(axis=None) or not rows.groupby("seed")["val_loss"].count().all():
         return math.nan
     gaps = [math.log(b / a) for a, b in pairwise(losses.index)]
     weights = [a + b for a, b in pairwise([gaps[0], *gaps, gaps[-1]])]

@@ -10,7 +10,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import jinja2
 import matplotlib
@@ -20,21 +20,8 @@ import yaml
 from msign_lightning.ablations import board, figures
 from msign_lightning.ablations.cell import show
 from msign_lightning.ablations.figures import Drawing
-from msign_lightning.ablations.methods import PLAIN
 from msign_lightning.ablations.reader import StudyError
-from msign_lightning.ablations.results import (
-    FEWEST,
-    LEVEL,
-    Run,
-    best,
-    by_seed,
-    factors_of,
-    frontier,
-    judge,
-    overheads,
-    summarize,
-    tabulate,
-)
+from msign_lightning.ablations.results import FEWEST, LEVEL, Findings, Run, best, by_seed, factors_of, find, overheads
 from msign_lightning.ablations.study import Bisect, Grid, Study, Tpe
 from msign_lightning.recipes.provenance import provenance
 
@@ -42,54 +29,6 @@ MISSING = "–"
 TEXTS = ("report.html", "report.md", "runs.csv", "results.csv", "frontier.csv")
 IMAGES = ("loss.png", "frontier.png", "frontier_map.png", "survival.png")
 LOWEST = 10  # runs in the table of a search
-
-
-class Findings(NamedTuple):
-    """What the runs of a study show.
-
-    Attributes:
-        study: The study.
-        baseline: The arm with which others are compared.
-        table: A row for each run, as of `tabulate`.
-        results: A row for each group and learning rate, as of `summarize`, and the verdict on its losses.
-        boundaries: A row for each group of a grid over learning rates or of a bisection, as of `frontier`, and the
-            verdict on its boundary; none for other studies.
-    """
-
-    study: Study
-    baseline: str
-    table: pd.DataFrame
-    results: pd.DataFrame
-    boundaries: pd.DataFrame
-
-
-def find(study: Study, runs: Sequence[Run]) -> Findings:
-    """What the runs show: AdamW, or else the study's first arm that has runs, is the baseline.
-
-    Raises:
-        StudyError: There are no runs.
-    """
-    if not runs:
-        raise StudyError(f"runs must hold at least one finished run to report study {study.name}, got none")
-    place = {group: i for i, group in enumerate(study.groups)}
-    table = tabulate(sorted(runs, key=lambda r: (place.get(r.cell.group, len(place)), r.cell.lr, r.cell.seed)))
-    arms = {group.arm for group in table["group"]}
-    baseline = next(arm for arm in (PLAIN, *study.arms) if arm in arms)
-    results, boundaries = summarize(table, baseline), pd.DataFrame()
-    rates: list[float] = []
-    if isinstance(study.sampler, Grid):
-        rates = [float(lr) for lr in study.factors["lr"]]  # type: ignore[arg-type]
-    else:  # whose learning rates were chosen by the losses
-        results[["difference_low", "difference_high", "p"]] = math.nan
-    if not isinstance(study.sampler, Tpe) and table.groupby(["group", "seed"])["lr"].nunique().max() > 1:
-        boundaries = frontier(table, baseline, rates)
-    verdicts = judge(pd.concat([results, boundaries], ignore_index=True)).tolist()
-    results["verdict"] = pd.Series(verdicts[: len(results)], dtype=object)
-    boundaries["verdict"] = pd.Series(verdicts[len(results) :], dtype=object)
-    return Findings(study, baseline, table, results, boundaries)
-
-
-# --- tables ------------------------------------------------------------------------------------------------------
 
 
 def show_loss(loss: float, sign: str = "") -> str:
@@ -200,9 +139,8 @@ def sentences(found: Findings) -> list[str]:
     study, table = found.study, found.table
     seeds, diverged, stable = sorted(set(table["seed"])), table["diverged_at"].count(), table["stable"].sum()
     told = [
-        f"{_many(len(table), 'run')} of {study.steps} steps over {_many(len(seeds), 'seed')}: "
-        f"{', '.join(map(str, seeds))}.",
-        f"{stable} stable, {len(table) - stable - diverged} unstable, {diverged} diverged.",
+        f"Runs of {study.steps} steps: {len(table)}, {stable} of them stable, {len(table) - stable - diverged} "
+        f"unstable, {diverged} diverged. Seeds: {', '.join(map(str, seeds))}."
     ]
     if absent := missing(found):
         more = f" and {len(absent) - 3} more" if len(absent) > 3 else ""
@@ -238,13 +176,6 @@ def sentences(found: Findings) -> list[str]:
     return told
 
 
-def _many(n: int, noun: str) -> str:
-    return f"{n} {noun}{'s' * (n != 1)}"
-
-
-# --- files -------------------------------------------------------------------------------------------------------
-
-
 def report(study: Study, runs: Sequence[Run], folder: Path) -> list[Path]:
     """Writes all views of a study's runs, in place of those of an earlier report.
 
@@ -261,7 +192,7 @@ def report(study: Study, runs: Sequence[Run], folder: Path) -> list[Path]:
         StudyError: There are no runs, or the folder can't be written to.
     """
     found = find(study, runs)
-    drawings = figures.draw(study, found.table, found.boundaries, found.baseline)
+    drawings = figures.draw(found)
     images = {drawing.name: _image(drawing, "png") for drawing in drawings}
     files = {
         "report.html": _page(found, drawings).encode(),

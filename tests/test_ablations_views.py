@@ -27,9 +27,9 @@ from msign_lightning.ablations import views
 from msign_lightning.ablations.cell import Cell, Outcome
 from msign_lightning.ablations.figures import Drawing
 from msign_lightning.ablations.reader import StudyError
-from msign_lightning.ablations.results import Run, best, overheads
+from msign_lightning.ablations.results import Run, best, find, overheads
 from msign_lightning.ablations.study import Bisect, Grid, Sampler, Study, Tpe, Variant
-from msign_lightning.ablations.views import find, markdown, missing, report, tables
+from msign_lightning.ablations.views import markdown, missing, report, tables
 
 GRID = Grid()
 STEPS = 300
@@ -115,8 +115,7 @@ def runs(study) -> list[Run]:
 
 
 def draw(study: Study, runs: Sequence[Run]) -> list[Drawing]:
-    found = find(study, runs)
-    return views.figures.draw(study, found.table, found.boundaries, found.baseline)
+    return views.figures.draw(find(study, runs))
 
 
 def told(study: Study, runs: Sequence[Run]) -> str:
@@ -231,7 +230,7 @@ def test_groups_are_told_apart_in_figures():
 
 def test_sentences_tell_counts_and_what_verdicts_are_worth(study, runs):
     text = told(study, runs)
-    assert "18 runs of 300 steps over 3 seeds: 0, 1, 2.\n12 stable, 3 unstable, 3 diverged." in text
+    assert "Runs of 300 steps: 18, 12 of them stable, 3 unstable, 3 diverged. Seeds: 0, 1, 2." in text
     assert "If no arm differs from adamw, any of the 4 verdicts together" in text
     assert "with a probability of at most 5%" in text
 
@@ -374,7 +373,7 @@ def test_page_needs_nothing_else_and_escapes(tmp_path):
     (absent,) = missing(find(study, runs))
     assert absent.endswith("lr=0.1 seed=2")
     assert f"<li>{html.escape(absent, quote=False).replace(chr(39), '&#39;')}</li>" in text
-    for fact in ("3 seeds: 0, 1, 2", "11 runs of 300 steps", "commit ", "torch 2", "optuna 5"):
+    for fact in ("Seeds: 0, 1, 2", "Runs of 300 steps: 11", "commit ", "torch 2", "optuna 5"):
         assert fact in text
 
 
