@@ -55,7 +55,7 @@ def draw(found: Findings) -> list[Drawing]:
     drawings = [] if isinstance(sampler, Bisect) else [loss(table, found.baseline, found.study.metric)]
     if len(found.boundaries):
         drawings += [frontier(table, found.boundaries), *frontier_map(found.boundaries)]
-    fatal = table["lr"].isin(table["lr"][table["collapsed_at"].notna()])
+    fatal = table["lr"].isin(found.results["lr"][found.results["n_collapsed"] > 0])
     if isinstance(sampler, Grid) and fatal.any():
         drawings.append(survival(table[fatal], found.baseline))
     return drawings
