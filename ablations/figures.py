@@ -1,32 +1,38 @@
-"""From the table of a study's runs to figures, each by a function of its own; no global state of Matplotlib is kept.
+"""From the tables of a study to figures, each by a function of its own; no global state of Matplotlib is kept.
 
-More groups than fit into one panel go to several panels; the baseline is in each, in grey, if it is one group.
+Up to `MOST` groups are lines of one panel, each in a colour of its own; of more, each has a panel of its own.
 """
 
 from __future__ import annotations
 
+import itertools
 import math
 import textwrap
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
-import numpy as np
 import pandas as pd  # type: ignore[import-untyped]
 from matplotlib.axes import Axes
 from matplotlib.colors import LogNorm
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
-from matplotlib.ticker import LogLocator, NullFormatter
+from matplotlib.ticker import LogLocator, NullFormatter, NullLocator
+from matplotlib.transforms import ScaledTranslation
 
-from msign_lightning.ablations.cell import Group, show
-from msign_lightning.ablations.results import LEVEL, Boundary
-from msign_lightning.ablations.results import survival as estimate_survival
-from msign_lightning.ablations.study import Bisect, Study
+from msign_lightning.ablations import results
+from msign_lightning.ablations.cell import Group
+from msign_lightning.ablations.results import Findings, factors_of
+from msign_lightning.ablations.study import Bisect, Grid
 
-COLORS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9")  # Okabe and Ito's, for every eye
-GREY = "#777777"
+COLORS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9", "#000000")  # Okabe and Ito's, for every eye
+DASHES = ("-", "--", ":", "-.")  # a round of the colours each
+GREY = "#888888"
+MOST = len(COLORS) + 1
 SMALL = 8  # points
-LANE = 0.035  # height of one arm's lane for runs that diverged, as a share of the axes
+
+Style = dict[str, Any]
+Panels = Mapping[str, Mapping[str, pd.DataFrame]]
+"""Title → label of a line → its data."""
 
 
 class Drawing(NamedTuple):
@@ -37,222 +43,216 @@ class Drawing(NamedTuple):
     figure: Figure
 
 
-def bound(boundary: Boundary) -> str:
-    """LR_max for people: "0.0123", or "≥ 0.1" where it is a bound only."""
+def bound(boundary: Any) -> str:
+    """LR_max of a row of `results.frontier` for people: "0.0123", or "≥ 0.1" where it is a bound only."""
     sign = {"bracketed": "", "all_stable": "≥ ", "all_unstable": "≤ "}[boundary.status]
     return f"{sign}{boundary.lr_max:.3g}"
 
 
-def draw(study: Study, table: pd.DataFrame, boundaries: Sequence[Boundary], baseline: str) -> list[Drawing]:
+def draw(found: Findings) -> list[Drawing]:
     """The figures for which there are data. A bisection has none of the losses, whose learning rates it chose."""
-    drawings = []
-    if not isinstance(study.sampler, Bisect):
-        text = (
-            f"{study.metric} against peak learning rate: means over seeds, with bands from the lowest to the highest; "
-            "where seeds have learning rates of their own, there are points only."
-        )
-        drawings.append(Drawing("loss", text, loss(table, baseline, study.metric)))
-    if boundaries:
-        text = (
-            "Up to which learning rate training is stable, with intervals; arrows where no run shows an end. Every run "
-            "is a tick: below its line if it was stable, above if not."
-        )
-        drawings.append(Drawing("frontier", text, frontier(table, boundaries)))
-    if (figure := frontier_map(boundaries)) is not None:
-        drawings.append(Drawing("frontier_map", "Highest stable learning rate by period and targets.", figure))
-    places = {group: set(zip(rows["lr"], rows["seed"], strict=True)) for group, rows in table.groupby("group")}
-    common = set.intersection(*places.values())
-    comparable = table[[place in common for place in zip(table["lr"], table["seed"], strict=True)]]
-    if not isinstance(study.sampler, Bisect) and comparable["collapsed_at"].notna().any():
-        text = (
-            f"Share of runs that have not collapsed, by Kaplan and Meier; {len(common)} runs in each group, with "
-            "the same learning rates and seeds. A run that had not collapsed at its end is censored there."
-        )
-        drawings.append(Drawing("survival", text, survival(comparable, baseline)))
+    sampler, table = found.study.sampler, found.table
+    drawings = [] if isinstance(sampler, Bisect) else [loss(table, found.baseline, found.study.metric)]
+    if len(found.boundaries):
+        drawings += [frontier(table, found.boundaries), *frontier_map(found.boundaries)]
+    fatal = table["lr"].isin(found.results["lr"][found.results["n_collapsed"] > 0])
+    if isinstance(sampler, Grid) and fatal.any():
+        drawings.append(survival(table[fatal], found.baseline))
     return drawings
 
 
-def loss(table: pd.DataFrame, baseline: str, metric: str = "loss/val") -> Figure:
-    """Validation loss against learning rate: a line for the mean over seeds, a band from lowest to highest.
+def loss(table: pd.DataFrame, baseline: str, metric: str) -> Drawing:
+    """Validation loss against learning rate."""
+    lost = ~(table["val_loss"] <= table["initial_loss"].max())
+    table = table.assign(loss=table["val_loss"].mask(lost))
 
-    Unstable runs are hollow. Runs that diverged, or ended above every initial loss, are crosses in a strip at the upper
-    edge, and gaps in the line.
-    """
-    top = table["initial_loss"].max()
-    shown = table.assign(loss=table["val_loss"].where(table["val_loss"] <= top))
-    lost = shown["loss"].isna()
-
-    def draw_group(ax: Axes, group: Group, color: str, place: int) -> None:
-        rows = shown[shown["group"] == group]
+    def draw_line(ax: Axes, rows: pd.DataFrame, style: Style, aside: float) -> None:
+        color = style["color"]
         losses_RS = rows.pivot(index="lr", columns="seed", values="loss").sort_index()
+        lines = []
         if losses_RS.size == len(rows):
-            ax.plot(losses_RS.index, losses_RS.mean(axis=1, skipna=False), color=color)
-            ends = losses_RS.min(axis=1, skipna=False), losses_RS.max(axis=1, skipna=False)
-            ax.fill_between(losses_RS.index, *ends, color=color, alpha=0.2, linewidth=0)
+            lines += ax.plot(losses_RS.index, losses_RS.mean(axis=1, skipna=False), **style)
         for stable, face in ((True, color), (False, "white")):
             some = rows[rows["stable"] == stable]
-            ax.plot(some["lr"], some["loss"], "o", color=color, markerfacecolor=face, markersize=4)
-        rates = rows["lr"][rows["loss"].isna()]
-        heights = [1 - LANE * (place + 0.5)] * len(rates)
-        ax.plot(rates, heights, "x", color=color, markersize=5, transform=ax.get_xaxis_transform())
+            lines += ax.plot(some["lr"], some["loss"], "o", color=color, markerfacecolor=face, markersize=4)
+        rates, above = rows["lr"][rows["loss"].isna()], ax.get_xaxis_transform()
+        lines += ax.plot(rates, [1.04] * len(rates), "x", color=color, markersize=5, transform=above, clip_on=False)
+        lines[-1].set_in_layout(False)
+        for line in lines:
+            line.set_transform(line.get_transform() + ScaledTranslation(aside / 24, 0, ax.figure.dpi_scale_trans))
 
-    figure, axes = _panels(list(table["group"].unique()), baseline, draw_group)
-    strip = LANE * max(len(ax.get_legend_handles_labels()[1]) for ax in axes) if lost.any() else 0
-    for ax in axes:
-        ax.set_xscale("log")
-        _thin_ticks(ax)
-        ax.set_xlabel("peak learning rate")
-        ax.set_ylabel(f"validation loss ({metric})")
-        ax.fill_between([0, 1], [1 - strip] * 2, [1, 1], color="0.93", zorder=0, transform=ax.transAxes, linewidth=0)
-    low, high = axes[0].get_ylim()
-    axes[0].set_yticks([tick for tick in axes[0].get_yticks() if low <= tick <= high and not lost.all()])
-    axes[0].set_ylim(low, low + (high - low) / (1 - strip))
-    above = (lost & table["val_loss"].notna()).any()
-    markers = [
-        ("o", True, "stable", table["stable"].any()),
-        ("o", False, "unstable", (~table["stable"] & ~lost).any()),
-        ("x", True, f"diverged or above {top:.2f}" if above else "diverged", lost.any()),
-    ]
-    _explain(figure, [(marker, filled, text) for marker, filled, text, used in markers if used])
-    return figure
+    handles = [_marker("stable", "o", GREY), _marker("unstable", "o", GREY, "white")]
+    if lost.any():
+        handles.append(_marker("diverged, or above every initial loss", "x", GREY))
+    groups = dict(list(table.groupby("group", sort=False)))
+    panels: Panels = {"": {group.label: rows for group, rows in groups.items()}}
+    if len(groups) > MOST:
+        partner = results.partners(list(groups), baseline)
+        pairs = {g: [partner[g], g] if g in partner else [g] for g in groups if g not in partner.values()}
+        panels = {group.label: {g.label: groups[g] for g in pair} for group, pair in pairs.items()}
+    figure, axes = _panels(panels, _grey(table, baseline), draw_line, handles)
+    _scale(axes[0], table["lr"])
+    figure.supxlabel("peak learning rate", fontsize="medium")
+    figure.supylabel(f"validation loss ({metric})", fontsize="medium")
+    text = (
+        f"{metric} against peak learning rate: points for seeds, set side by side, and lines for means over all seeds; "
+        "a line has gaps where a run diverged."
+    )
+    return Drawing("loss", text, figure)
 
 
-def frontier(table: pd.DataFrame, boundaries: Sequence[Boundary]) -> Figure:
-    """LR_max of each group with its interval, arrows where an end is not known; and every run, stable or not."""
+def frontier(table: pd.DataFrame, boundaries: pd.DataFrame) -> Drawing:
+    """LR_max of each group with its interval, and every run."""
     figure = Figure(figsize=(7, 1.5 + 0.32 * len(boundaries)), layout="constrained")
     ax = figure.add_subplot()
-    values = [v for b in boundaries for v in (b.lr_max, b.low, b.high) if 0 < v < math.inf]
-    left, right = min(*values, table["lr"].min()) / 1.5, max(*values, table["lr"].max()) * 1.5
-    color = COLORS[0]
-    for y, b in enumerate(boundaries):
+    values = pd.concat([boundaries["lr_max"], boundaries["low"], boundaries["high"], table["lr"]])
+    values = values[(values > 0) & (values < math.inf)]
+    left, right = values.min() / 1.5, values.max() * 1.5
+    color, is_unstable, is_stable = COLORS[:3]
+    for y, b in enumerate(boundaries.itertuples()):
         rows = table[table["group"] == b.group]
-        for stable, shift, shade in ((True, 0.25, COLORS[2]), (False, -0.25, COLORS[1])):
+        for stable, shift, shade in ((True, 0.25, is_stable), (False, -0.25, is_unstable)):
             rates = rows["lr"][rows["stable"] == stable]
             ax.plot(rates, [y + shift] * len(rates), "|", color=shade, markersize=5, markeredgewidth=1)
         ax.plot((max(b.low, left), min(b.high, right)), (y, y), color=color, linewidth=1.5)
         for end, marker, known in ((left, "<", b.low > 0), (right, ">", b.high < math.inf)):
             ax.plot([end], [y], marker="" if known else marker, color=color, markersize=6, clip_on=False)
-        known = b.status == "bracketed"
-        ax.plot([b.lr_max], [y], "o", color=color, markerfacecolor=color if known else "white", markersize=6)
-    ax.set_xscale("log")
-    _thin_ticks(ax)
+        face = color if b.status == "bracketed" else "white"
+        ax.plot([b.lr_max], [y], "o", color=color, markerfacecolor=face, markersize=6)
+    _scale(ax, table["lr"])
     ax.set_xlim(left, right)
     ax.set_ylim(len(boundaries) - 0.5, -0.5)
-    names = [f"{b.group.label} †" if b.non_monotone else b.group.label for b in boundaries]
+    names = [f"{b.group.label}{' †' * (b.n_non_monotone > 0)}   {bound(b)}" for b in boundaries.itertuples()]
     ax.set_yticks(range(len(boundaries)), names, fontsize=SMALL)
     ax.grid(axis="x", alpha=0.3)
-    ax.set_xlabel("highest stable learning rate LR_max\n" + _meaning(boundaries))
-    right_axis = ax.secondary_yaxis("right")
-    right_axis.set_yticks(range(len(boundaries)), [bound(b) for b in boundaries], fontsize=SMALL)
-    right_axis.tick_params(length=0, pad=8)
-    handles = [("o", True, "LR_max"), ("o", False, "a bound only")]
-    _explain(figure, handles, "† stable above unstable" if any(b.non_monotone for b in boundaries) else None)
-    return figure
+    levels = " or ".join(f"{level:.3g}" for level in sorted(boundaries["confidence"].unique()))
+    ax.set_xlabel(f"highest stable learning rate LR_max\n(interval that holds it with probability {levels})")
+    handles = [_marker("LR_max", "o", color), _marker("a bound only", "o", color, "white")]
+    handles += [_marker("unstable run", "|", is_unstable), _marker("stable run", "|", is_stable)]
+    _legend(figure, handles, len(handles))
+    text = (
+        "Up to which learning rate training is stable, with intervals; arrows where no run shows an end; † where a "
+        "stable run is above an unstable one."
+    )
+    return Drawing("frontier", text, figure)
 
 
-def _meaning(boundaries: Sequence[Boundary]) -> str:
-    seeds = sorted({len(b.seeds) for b in boundaries})
-    if seeds == [1]:
-        return "(one seed: from its highest stable to its lowest unstable run)"
-    levels = sorted({f"{b.confidence:.3g}" for b in boundaries})
-    many = " or ".join(map(str, seeds))
-    return f"(interval over {many} seeds, which holds it with probability {' or '.join(levels)})"
-
-
-def frontier_map(boundaries: Sequence[Boundary]) -> Figure | None:
-    """LR_max by period and targets, a panel for each arm with its other factors; None without two of each."""
-    panels: dict[Group, dict[tuple[Any, Any], Boundary]] = {}
-    for b in boundaries:
-        factors = dict(b.group.factors)
-        if {"period", "targets"} <= factors.keys():
-            place = factors.pop("period"), factors.pop("targets")
-            panels.setdefault(Group(b.group.arm, tuple(factors.items())), {})[place] = b
-    panels = {g: cells for g, cells in panels.items() if all(len(set(axis)) > 1 for axis in zip(*cells, strict=True))}
+def frontier_map(boundaries: pd.DataFrame) -> list[Drawing]:
+    """LR_max by period and targets, a panel for each arm with its other factors; nothing without two of each."""
+    axis_names = ["period", "targets"]
+    cells = boundaries.join(factors_of(boundaries["group"])).reindex(columns=[*boundaries, *axis_names])
+    cells = cells.dropna(subset=axis_names)
+    others = [Group(g.arm, tuple(f for f in g.factors if f[0] not in axis_names)) for g in cells["group"]]
+    panels = {group: part for group, part in cells.groupby(others) if (part[axis_names].nunique() > 1).all()}
     if not panels:
-        return None
-    drawn = [b for cells in panels.values() for b in cells.values()]
-    norm = LogNorm(min(b.lr_max for b in drawn) / 1.01, max(b.lr_max for b in drawn) * 1.01)
-    periods = sorted({period for cells in panels.values() for period, _ in cells})
-    targets = list(dict.fromkeys(target for cells in panels.values() for _, target in cells))
-    size = (1.8 + 0.95 * len(periods), (0.9 + 0.55 * len(targets)) * len(panels))
-    figure = Figure(figsize=size, layout="constrained")
+        return []
+    norm = LogNorm(cells["lr_max"].min() / 1.01, cells["lr_max"].max() * 1.01)
+    width, height = (cells[name].nunique() for name in axis_names)
+    figure = Figure(figsize=(1.8 + 0.95 * width, (0.9 + 0.55 * height) * len(panels)), layout="constrained")
     axes = figure.subplots(len(panels), 1, squeeze=False)[:, 0]
-    for ax, (group, cells) in zip(axes, panels.items(), strict=True):
-        values = [[cells[p, t].lr_max if (p, t) in cells else math.nan for p in periods] for t in targets]
-        ax.imshow(np.array(values), norm=norm, cmap="viridis", aspect="auto")
-        for y, target in enumerate(targets):
-            for x, period in enumerate(periods):
-                cell = cells.get((period, target))
-                dark = cell is not None and norm(cell.lr_max) < 0.5
-                text = "no run" if cell is None else bound(cell) + " †" * bool(cell.non_monotone)
-                ax.text(x, y, text, ha="center", va="center", color="white" if dark else "black", fontsize=SMALL + 1)
-        ax.set_xticks(range(len(periods)), [show(p) for p in periods])
-        ax.set_yticks(range(len(targets)), [show(t) for t in targets])
+    for ax, (group, part) in zip(axes, panels.items(), strict=True):
+        rates = part.pivot(index="targets", columns="period", values="lr_max").reindex(part["targets"].unique())
+        ax.imshow(rates, norm=norm, cmap="viridis", aspect="auto")
+        for b in part.itertuples():
+            x, y = rates.columns.get_loc(b.period), rates.index.get_loc(b.targets)
+            color = "white" if norm(b.lr_max) < 0.5 else "black"
+            text = bound(b) + " †" * (b.n_non_monotone > 0)
+            ax.text(x, y, text, ha="center", va="center", color=color, fontsize=SMALL + 1)
+        ax.set_xticks(range(len(rates.columns)), rates.columns)
+        ax.set_yticks(range(len(rates.index)), rates.index)
         ax.set_title(f"LR_max of {group.label}", fontsize=SMALL + 2)
         ax.tick_params(length=0)
     axes[-1].set_xlabel("period P (steps)")
-    return figure
+    text = "LR_max by period and targets; † where a stable run is above an unstable one."
+    return [Drawing("frontier_map", text, figure)]
 
 
-def survival(table: pd.DataFrame, baseline: str) -> Figure:
-    """Share of runs that have not collapsed, with a band for the interval, up to the end of the longest run."""
-    curves = estimate_survival(table)
+def survival(table: pd.DataFrame, baseline: str) -> Drawing:
+    """Share of runs that have not collapsed, at each learning rate by itself, up to the end of the longest run."""
+    curves = results.survival(table)
+    groups = curves["group"].map(lambda group: group.label)
+    rates = curves["lr"].map("learning rate {:.4g}".format)
+    title, label = (rates, groups) if groups.nunique() <= MOST else (groups, rates)
+    panels = {t: dict(list(part.groupby(label, sort=False))) for t, part in curves.groupby(title, sort=False)}
+    has_bands = max(map(len, panels.values())) <= 3
 
-    def draw_group(ax: Axes, group: Group, color: str, place: int) -> None:
-        curve = curves[group]
-        width = 3.2 - 0.3 * place  # equal curves stay visible
-        ax.step(curve["step"], curve["share"], where="post", color=color, linewidth=width)
-        ax.fill_between(curve["step"], curve["low"], curve["high"], step="post", color=color, alpha=0.1, linewidth=0)
+    def draw_line(ax: Axes, curve: pd.DataFrame, style: Style, aside: float) -> None:
+        (line,) = ax.step(curve["step"], curve["share"], where="post", linewidth=1.5, **style)
+        line.set_transform(ax.transData + ScaledTranslation(0, -aside / 48, ax.figure.dpi_scale_trans))
+        if has_bands:
+            low, high, color = curve["low"], curve["high"], style["color"]
+            ax.fill_between(curve["step"], low, high, step="post", color=color, alpha=0.1, linewidth=0)
 
-    figure, axes = _panels(list(curves), baseline, draw_group)
-    for ax in axes:
-        ax.set_ylim(-0.03, 1.05)
-        ax.set_xlim(left=0)
-        ax.set_xlabel("optimizer steps")
-        ax.set_ylabel(f"share of runs not collapsed\n({LEVEL:.0%} interval)")
-    return figure
+    figure, axes = _panels(panels, _grey(table, baseline), draw_line)
+    axes[0].set_ylim(-0.06, 1.06)
+    axes[0].set_xlim(0, curves["step"].max() * 1.02)
+    figure.supxlabel("optimizer steps", fontsize="medium")
+    figure.supylabel("share of runs not collapsed", fontsize="medium")
+    text = (
+        "Share of runs that have not collapsed, by Kaplan and Meier, at each learning rate at which one did; up to "
+        f"three lines with {results.LEVEL:.0%} intervals. A run that had not collapsed at its end is censored there. "
+        "Lines are set off a little, so that equal ones stay apart."
+    )
+    return Drawing("survival", text, figure)
+
+
+def _grey(table: pd.DataFrame, baseline: str) -> list[str]:
+    """Labels of the baseline's groups, where they need not be told from each other."""
+    groups = table["group"].unique()
+    own = [group.label for group in groups if group.arm == baseline]
+    return own if len(own) == 1 or len(groups) > MOST else []
 
 
 def _panels(
-    groups: Sequence[Group], baseline: str, draw_group: Callable[[Axes, Group, str, int], None]
+    panels: Panels,
+    grey: Sequence[str],
+    draw_line: Callable[[Axes, pd.DataFrame, Style, float], None],
+    markers: Sequence[Line2D] = (),
 ) -> tuple[Figure, list[Axes]]:
-    """Panels with the baseline in grey and up to six other groups each, drawn and with legends."""
-    common = [group for group in groups if group.arm == baseline]
-    common = common if len(common) == 1 else []
-    others = [group for group in groups if group not in common]
-    count = max(1, -(-len(others) // len(COLORS)))
-    members = [list(part) for part in np.array_split(np.arange(len(others)), count)]
-    columns = min(2, count)
-    rows = -(-count // columns)
-    figure = Figure(figsize=(6.5 if columns == 1 else 10, 4.4 * rows), layout="constrained")
+    """Panels with the same axes, and a legend for markers and all lines but those that the title of a panel names.
+
+    Lines are drawn by a function of axes, data, colour and dashes, and place among the lines of the panel.
+    """
+    labels = dict.fromkeys(label for lines in panels.values() for label in lines if label not in panels)
+    colored = [label for label in labels if label not in grey]
+    styles: dict[str, Style] = {label: {"color": GREY, "linestyle": "-"} for label in labels}
+    for label, (dashes, color) in zip(colored, itertools.product(DASHES, COLORS), strict=False):
+        styles[label] = {"color": color, "linestyle": dashes}
+    columns = min(len(panels), 2 if len(panels) <= 4 else 4)
+    rows = math.ceil(len(panels) / columns)
+    width, height = {1: (6.5, 4.2), 2: (4.6, 3.4)}.get(columns, (3.0, 2.4))
+    figure = Figure(figsize=(width * columns, height * rows + 0.4), layout="constrained")
     axes: list[Axes] = list(figure.subplots(rows, columns, squeeze=False, sharex=True, sharey=True).flat)
-    for ax in axes[count:]:
-        ax.remove()
-    narrow = max(len(group.label) for group in groups) > 22
-    for ax, part in zip(axes, members, strict=False):
-        drawn = [*((group, GREY) for group in common), *zip((others[i] for i in part), COLORS, strict=False)]
-        for place, (group, color) in enumerate(drawn):
-            draw_group(ax, group, color, place)
-            ax.plot([], [], color=color, label=textwrap.fill(group.label, 60))
-        ax.legend(loc="lower left", bbox_to_anchor=(0, 1), frameon=False, fontsize=SMALL, ncols=1 if narrow else 2)
+    for ax, (title, lines) in zip(axes, panels.items(), strict=False):
+        for place, (label, data) in enumerate(lines.items()):
+            style = styles.get(label, {"color": COLORS[0], "linestyle": "-"})
+            draw_line(ax, data, style, place - (len(lines) - 1) / 2)
+        ax.set_title(textwrap.fill(title, 34) or " ", fontsize=SMALL, pad=12)
         ax.grid(alpha=0.3)
-        ax.tick_params(labelbottom=True, labelleft=True)
-    return figure, axes[:count]
+        ax.tick_params(labelbottom=True, labelsize=SMALL)
+    for ax in axes[len(panels) :]:
+        ax.remove()
+    handles = [Line2D([], [], label=label, **style) for label, style in styles.items()]
+    room = int(width * columns * 13) // (4 + max(map(len, labels), default=0))
+    _legend(figure, [*handles, *markers], min(max(room, 1), 4))
+    return figure, axes[: len(panels)]
 
 
-def _explain(figure: Figure, markers: Sequence[tuple[str, bool, str]], title: str | None = None) -> None:
-    """A legend below the figure for markers: shape, whether filled, meaning."""
-    handles = [
-        Line2D([], [], linestyle="", marker=m, color=GREY, markerfacecolor=GREY if filled else "white", label=text)
-        for m, filled, text in markers
-    ]
-    legend = figure.legend(handles=handles, loc="outside lower center", ncols=len(handles), frameon=False, title=title)
-    for text in (*legend.get_texts(), legend.get_title()):
-        text.set_fontsize(SMALL)
+def _marker(label: str, shape: str, color: str, face: str | None = None) -> Line2D:
+    return Line2D([], [], linestyle="", marker=shape, color=color, markerfacecolor=face or color, label=label)
 
 
-def _thin_ticks(ax: Axes) -> None:
-    """Labels at 1, 3 and 10 of each decade."""
-    ax.xaxis.set_major_locator(LogLocator(subs=(1.0, 3.0)))
-    ax.xaxis.set_major_formatter("{x:g}")
-    ax.xaxis.set_minor_formatter(NullFormatter())
+def _legend(figure: Figure, handles: Sequence[Line2D], columns: int) -> None:
+    figure.legend(handles=handles, loc="outside upper center", ncols=columns, frameon=False, fontsize=SMALL)
+
+
+def _scale(ax: Axes, rates: pd.Series) -> None:
+    """A logarithmic axis of learning rates, with labels at each, or, of many, at 1, 3 and 10 of each decade."""
+    ax.set_xscale("log")
+    if rates.nunique() <= 6:
+        ax.set_xticks(sorted(rates.unique()))
+        ax.xaxis.set_minor_locator(NullLocator())
+    else:
+        ax.xaxis.set_major_locator(LogLocator(subs=(1.0, 3.0)))
+        ax.xaxis.set_minor_formatter(NullFormatter())
+    ax.xaxis.set_major_formatter("{x:.4g}")

@@ -22,6 +22,7 @@ import socket
 import sys
 import time
 import uuid
+import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
@@ -29,7 +30,7 @@ from typing import Any
 
 import optuna
 from optuna.distributions import BaseDistribution, FloatDistribution, IntDistribution
-from optuna.exceptions import UpdateFinishedTrialError
+from optuna.exceptions import ExperimentalWarning, UpdateFinishedTrialError
 from optuna.pruners import MedianPruner, NopPruner
 from optuna.samplers import RandomSampler, TPESampler
 from optuna.storages import BaseStorage
@@ -119,6 +120,10 @@ class Ledger:
         self._study = study
         self._storage = optuna.create_study(study_name=study.name, storage=backend, load_if_exists=True)
         find(study, backend)
+        if self._storage.metric_names is None:  # what Optuna's dashboard calls the value
+            with warnings.catch_warnings():
+                warnings.simplefilter("ignore", ExperimentalWarning)
+                self._storage.set_metric_names([study.metric])
         if self._storage.user_attrs.get("fingerprint") != _plain(study):
             self._storage.set_user_attr("fingerprint", _plain(study))
         self._alone = alone

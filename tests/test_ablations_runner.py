@@ -290,6 +290,7 @@ class TestLedger:
             ledger.finish(first, outcome())
             ledger.finish(second, DIVERGED)
             stable, diverged = trials_of(cells, backend, TrialState.COMPLETE)
+            assert optuna.load_study(study_name=cells.name, storage=backend).metric_names == ["loss/val"]
         assert stable.params == {"lr": 0.003, "seed": 0}
         assert (stable.user_attrs["arm"], stable.user_attrs["model.optimizer.betas"]) == ("adamw", "0.9,0.95")
         assert stable.intermediate_values == {10: 4.5, 20: 4.0}

@@ -27,13 +27,16 @@ from msign_lightning.ablations import views
 from msign_lightning.ablations.cell import Cell, Outcome
 from msign_lightning.ablations.figures import Drawing
 from msign_lightning.ablations.reader import StudyError
-from msign_lightning.ablations.results import Run, best, overheads
+from msign_lightning.ablations.results import Run, best, find, overheads
 from msign_lightning.ablations.study import Bisect, Grid, Sampler, Study, Tpe, Variant
-from msign_lightning.ablations.views import Table, best_table, find, frontier_table, missing, report, results_table
+from msign_lightning.ablations.views import markdown, missing, report, tables
 
 GRID = Grid()
 STEPS = 300
 FIGURES = {"loss", "frontier", "survival"}
+RESULTS, BEST = "Results", "Each arm at its best learning rate"
+BOUNDARIES = "Up to which learning rate training is stable"
+COLLAPSES = "How many runs collapsed or diverged, and when"
 
 
 def make_study(arms: Sequence[str] = ("adamw", "msign", "muon"), sampler: Sampler = GRID, **changes) -> Study:
@@ -112,17 +115,17 @@ def runs(study) -> list[Run]:
 
 
 def draw(study: Study, runs: Sequence[Run]) -> list[Drawing]:
-    found = find(study, runs)
-    return views.figures.draw(study, found.table, found.boundaries, found.baseline)
+    return views.figures.draw(find(study, runs))
 
 
 def told(study: Study, runs: Sequence[Run]) -> str:
     return "\n".join(views.sentences(find(study, runs)))
 
 
-def read(table: Table) -> dict[tuple[str, str], dict[str, str]]:
+def read(study: Study, runs: Sequence[Run], title: str) -> dict[tuple[str, str], dict[str, str]]:
     """A table by way of its Markdown: its first two columns → column → text."""
-    lines = [re.split(r"(?<!\\)\|", line)[1:-1] for line in table.markdown().splitlines()]
+    table = tables(find(study, runs))[title]
+    lines = [re.split(r"(?<!\\)\|", line)[1:-1] for line in markdown(table).splitlines()]
     names, rule, *rows = ([text.strip().replace(r"\|", "|") for text in line] for line in lines)
     assert set(rule) == {"---"}
     assert all(len(row) == len(names) for row in rows)
@@ -130,7 +133,7 @@ def read(table: Table) -> dict[tuple[str, str], dict[str, str]]:
 
 
 def test_results_table_has_losses_by_seed_paired_differences_and_verdicts(study, runs):
-    rows = read(results_table(find(study, runs)))
+    rows = read(study, runs, RESULTS)
     assert len(rows) == 6
     losses = "validation loss by seed (0, 1, 2)"
     difference = "paired difference to adamw (95% interval)"
@@ -156,41 +159,78 @@ def test_a_mean_is_not_given_where_a_seed_diverged(study):
 
     runs = train(study, one_diverges)
     found = find(study, runs)
-    by_place = {(r.group.arm, r.lr): r for r in found.results}
-    assert by_place["msign", 0.01].mean is by_place["msign", 0.01].stable_rank is None
+    by_place = {(r.group.arm, r.lr): r for r in found.results.itertuples()}
+    assert math.isnan(by_place["msign", 0.01].mean)
+    assert math.isnan(by_place["msign", 0.01].stable_rank)
     assert by_place["adamw", 0.01].mean == pytest.approx(2.01)
-    assert {b.group.arm for b in best(found.results)} == {"adamw", "muon"}
-    assert read(results_table(found))["msign", "0.01"]["paired difference to adamw (95% interval)"] == "–"
-    assert "not all runs of both stable: msign (2 of 3 stable)" in told(study, runs)
+    assert {group.arm for group in best(found.results)["group"]} == {"adamw", "muon"}
+    row = read(study, runs, RESULTS)["msign", "0.01"]
+    assert (row["paired difference to adamw (95% interval)"], row["verdict"], row["stable"]) == ("–", "–", "2 of 3")
 
 
 def test_best_is_at_each_arms_own_learning_rate(study, runs):
     found = find(study, runs)
-    assert [(b.group.arm, b.lr, b.mean) for b in best(found.results)] == [
+    assert [(b.group.arm, b.lr, b.mean) for b in best(found.results).itertuples()] == [
         ("muon", 0.01, 1.625),
         ("adamw", 0.01, 2.125),
         ("msign", 0.1, 2.1875),
     ]
-    rows = read(best_table(found))
+    rows = read(study, runs, BEST)
+    assert [arm for arm, _ in rows] == ["muon", "adamw", "msign"]
     assert rows["msign", "0.1"]["difference to adamw by seed"] == "+0.062 / +0.062 / +0.062"
     assert rows["muon", "0.01"]["difference to adamw by seed"] == "-0.500 / -0.500 / -0.500"
+    assert rows["adamw", "0.01"]["difference to adamw by seed"] == ""
 
 
-def test_sentences_say_where_msign_loses(study, runs):
+def test_boundaries_are_told_with_their_verdicts(study, runs):
+    rows = read(study, runs, BOUNDARIES)
+    verdicts = {place: row["against adamw"] for place, row in rows.items()}
+    assert verdicts == {("adamw", "0.0316"): "–", ("msign", "≥ 0.1"): "undecided", ("muon", "0.0316"): "undecided"}
+
+
+def test_a_table_tells_when_runs_collapsed_at_each_learning_rate(study):
+    collapses = {0: 120, 1: 200, 2: 160}
+
+    def collapse(cell):
+        is_dead = (cell.arm, cell.lr) == ("msign", 0.1) or (cell.arm, cell.seed) == ("muon", 1)
+        return outcome(3.0 if is_dead else 2.0, collapsed_at=collapses[cell.seed] if is_dead else None)
+
+    rows = read(study, train(study, collapse), COLLAPSES)
+    assert len(rows) == 6
+    told = {place: [row["collapsed"], row["median step"], row["first … last"]] for place, row in rows.items()}
+    assert told["msign", "0.1"] == ["3 of 3", "160", "120 … 200"]
+    assert told["muon", "0.01"] == ["1 of 3", "200", "200 … 200"]
+    assert told["msign", "0.01"] == told["adamw", "0.1"] == ["0 of 3", "–", "–"]
+    assert COLLAPSES not in tables(find(study, train(study, lambda cell: outcome(2.0))))
+
+
+def test_survival_has_a_panel_for_each_learning_rate_at_which_runs_collapsed(study, runs):
+    """AdamW and Muon die at the high rate, and nobody at the low one."""
+    (figure,) = (drawing.figure for drawing in draw(study, runs) if drawing.name == "survival")
+    assert [ax.get_title() for ax in figure.axes] == ["learning rate 0.1"]
+    ends = [line.get_ydata()[-1] for line in figure.axes[0].get_lines()]
+    assert ends == [0, 1, 0]
+
+
+def test_groups_are_told_apart_in_figures():
+    """By colour; where there are many, each in a panel of its own, beside the baseline's."""
+    factors = {"lr": (0.01, 0.1), "period": (10, 50)}
+    for arms, count in (
+        (("adamw", "msign", "cap", "muon"), 1),
+        (("adamw", "msign", "cap", "msign_mlp", "cap_muon"), 8),
+    ):
+        study = make_study(arms, factors=factors, seeds=(0, 1))
+        runs = train(study, lambda cell: outcome(2.0 + cell.lr))
+        (figure,) = (drawing.figure for drawing in draw(study, runs) if drawing.name == "loss")
+        assert len(figure.axes) == count
+        for ax in figure.axes:
+            groups = [line for line in ax.get_lines() if line.get_linestyle() != "None"]
+            assert len({line.get_color() for line in groups}) == len(groups) == (6 if count == 1 else 2)
+
+
+def test_sentences_tell_counts_and_what_verdicts_are_worth(study, runs):
     text = told(study, runs)
-    assert "18 runs of 300 steps over 3 seeds: 12 stable, 3 unstable, 3 diverged." in text
-    assert (
-        "muon is number 1 (1.625 at 0.01); adamw is number 2 (2.125 at 0.01); msign is number 3 (2.188 at 0.1)." in text
-    )
-    assert (
-        "Loss against adamw, at a learning rate of 0.01: lower: muon -0.500 (-0.500 … -0.500); "
-        "higher: msign +0.125 (+0.125 … +0.125)." in text
-    )
-    assert (
-        "at a learning rate of 0.1: not all runs of both stable: msign -0.938 (3 of 3 stable), muon (0 of 3 stable)."
-        in text
-    )
-    assert "adamw is stable up to a learning rate of 0.0316. Against it: undecided: msign ≥ 0.1, muon 0.0316." in text
+    assert "Runs of 300 steps: 18, 12 of them stable, 3 unstable, 3 diverged. Seeds: 0, 1, 2." in text
     assert "If no arm differs from adamw, any of the 4 verdicts together" in text
     assert "with a probability of at most 5%" in text
 
@@ -198,9 +238,9 @@ def test_sentences_say_where_msign_loses(study, runs):
 def test_what_lacks_a_seed_is_not_ranked(study):
     runs = train(study, lambda cell: outcome(1.0 if cell.arm == "msign" else 2.0 + cell.seed))
     half = [run for run in runs if run.cell.arm != "msign" or run.cell.seed == 0]
-    assert best(find(study, runs).results)[0].group.arm == "msign"
-    assert [b.group.arm for b in best(find(study, half).results)] == ["adamw", "muon"]
-    assert "Not compared, since a seed has no finite result: msign." in told(study, half)
+    assert [arm for arm, _ in read(study, runs, BEST)] == ["msign", "adamw", "muon"]
+    assert [arm for arm, _ in read(study, half, BEST)] == ["adamw", "muon"]
+    assert "Not ranked, since a seed has no finite result: msign." in told(study, half)
 
 
 @pytest.mark.parametrize("seeds", [(0,), (0, 1)])
@@ -208,12 +248,9 @@ def test_fewer_than_three_seeds_give_no_verdict(seeds):
     study = make_study(seeds=seeds)
     runs = train(study, loss_of)
     found = find(study, runs)
-    assert {verdict for _, verdict in found.verdicts.values()} <= {None}
-    text = told(study, runs)
-    assert "lower:" not in text
-    assert "higher:" not in text
-    assert ("There are no verdicts: they need at least 3 seeds." in text) == (len(seeds) == 2)
-    row = read(frontier_table(found))["adamw", "0.0316"]
+    assert {*found.results["verdict"], *found.boundaries["verdict"]} == {None}
+    assert "There are no verdicts: they need at least 3 seeds." in told(study, runs)
+    row = read(study, runs, BOUNDARIES)["adamw", "0.0316"]
     assert row["probability that it holds LR_max"] == ("0.5" if len(seeds) == 2 else "one seed's bracket")
 
 
@@ -222,27 +259,24 @@ def test_a_bisection_compares_no_losses(tmp_path):
     study = make_study(("adamw", "msign"), Bisect(1e-3, 1.0))
     runs = bisect(study, lambda c: (0.2 if c.arm == "msign" else 0.01) * (1 + c.seed / 5))
     found = find(study, runs)
-    assert [*found.verdicts] == [next(b.group for b in found.boundaries if b.group.arm == "msign")]
-    assert all(b.lr_sensitivity is None for b in found.boundaries)
-    text = told(study, runs)
-    assert "Against it: higher: msign" in text
-    for word in ("lowest", "Loss against"):
-        assert word not in text.replace("above its lowest", "")
+    assert {*found.results["verdict"]} == {None}
+    assert found.results["p"].isna().all()
+    assert found.boundaries["verdict"].tolist() == [None, "higher"]
+    assert found.boundaries["lr_sensitivity"].isna().all()
     report(study, runs, tmp_path)
     assert "Each arm at its best" not in (tmp_path / "report" / "report.md").read_text()
 
 
 def test_baseline_with_factors_is_compared_factor_by_factor():
     study = make_study(("adamw", "msign"), factors={"lr": (0.01, 0.1), "data.batch_size": (4, 8)})
-    runs = train(study, lambda c: outcome(2.0 + dict(c.factors)["data.batch_size"] / 8 - (c.arm == "msign") / 8))
-    rows = read(results_table(find(study, runs)))
+    runs = train(study, lambda c: outcome(2.0 + dict(c.factors)["data.batch_size"] / 32 - (c.arm == "msign") / 8))
+    rows = read(study, runs, RESULTS)
     for size in (4, 8):
-        assert rows[f"msign (data.batch_size={size})", "0.1"]["mean"] == f"{2 + size / 8 - 1 / 8:.3f}"
-        assert rows[f"msign (data.batch_size={size})", "0.1"]["better than adamw"] == "3 of 3"
-    assert (
-        "adamw (data.batch_size=4) is stable up to a learning rate of ≥ 0.1. "
-        "Against it: undecided: msign (data.batch_size=4) ≥ 0.1." in told(study, runs)
-    )
+        row = rows[f"msign (data.batch_size={size})", "0.1"]
+        assert row["mean"] == f"{2 + size / 32 - 1 / 8:.3f}"
+        assert row["paired difference to adamw (95% interval)"] == "-0.125 (-0.125 … -0.125)"
+        assert row["better than adamw"] == "3 of 3"
+        assert read(study, runs, BOUNDARIES)[f"msign (data.batch_size={size})", "≥ 0.1"]["against adamw"] == "undecided"
 
 
 @pytest.mark.parametrize("noise, is_told", [(1.0, True), (1.5, False)])
@@ -257,7 +291,7 @@ def test_throughput_gives_back_the_cost_of_an_application_unless_the_fit_is_bad(
     runs = train(study, costs_four_steps)
     found = overheads(find(study, runs).table)
     assert len(found) == is_told
-    for group, (fit, _) in found.items():
+    for group, fit in found.items():
         assert group.label == "msign"
         assert (fit.limit, fit.ratio) == (pytest.approx(250), pytest.approx(4))
     assert ("msign: one application takes as long as 4.00 steps" in told(study, runs)) == is_told
@@ -278,14 +312,13 @@ def test_csv_parses_back_to_every_digit(study, runs, tmp_path):
         assert row["diverged_at"] == ("" if run.outcome.diverged_at is None else str(run.outcome.diverged_at))
         assert row["stable"] == str(run.stable)
     found = find(study, runs)
-    for row, result in zip(records(files["results.csv"]), found.results, strict=True):
-        assert (row["arm"], float(row["lr"])) == (result.group.arm, result.lr)
-        losses = [row[f"val_loss_{seed}"] for seed in (0, 1, 2)]
-        assert losses == ["diverged" if v is None else repr(v) for v in result.losses.values()]
-        if result.comparison is not None:
-            assert (float(row["difference_low"]), float(row["difference_high"])) == result.comparison.interval()
-            assert row["verdict"] == found.verdicts[result.group, result.lr][1]
-    for row, boundary in zip(records(files["frontier.csv"]), found.boundaries, strict=True):
+    for row, result in zip(records(files["results.csv"]), found.results.to_dict("records"), strict=True):
+        assert (row["arm"], float(row["lr"])) == (result["group"].arm, result["lr"])
+        for name, value in result.items():
+            if isinstance(value, float):
+                assert row[name] == ("" if math.isnan(value) else repr(value))
+        assert row["verdict"] == (result["verdict"] or "")
+    for row, boundary in zip(records(files["frontier.csv"]), found.boundaries.itertuples(), strict=True):
         assert row["arm"] == boundary.group.arm
         assert (float(row["lr_max"]), float(row["high"])) == (boundary.lr_max, boundary.high)
 
@@ -332,15 +365,15 @@ def test_page_needs_nothing_else_and_escapes(tmp_path):
     assert len(images) == len(draw(study, runs))
     assert all(source and source.startswith("data:image/svg+xml;base64,") for source in images)
     assert ("meta", {"name": "viewport", "content": "width=device-width, initial-scale=1"}) in page.tags
-    for table in (results_table(find(study, runs)), frontier_table(find(study, runs))):
-        texts = [[str(text) for text in row] for row in table.frame.to_numpy().tolist()]
+    for table in tables(find(study, runs)).values():
+        texts = table.to_numpy().tolist()
         assert texts == [row for row in page.rows if row in texts]
     settings = yaml.safe_load(html.unescape(re.search(r"<pre>(.*)</pre>", text, re.DOTALL).group(1)))
     assert settings == study.fingerprint()
     (absent,) = missing(find(study, runs))
     assert absent.endswith("lr=0.1 seed=2")
     assert f"<li>{html.escape(absent, quote=False).replace(chr(39), '&#39;')}</li>" in text
-    for fact in ("3 seeds: 0, 1, 2", "11 runs of 300 steps", "commit ", "torch 2", "optuna 5"):
+    for fact in ("Seeds: 0, 1, 2", "Runs of 300 steps: 11", "commit ", "torch 2", "optuna 5"):
         assert fact in text
 
 
@@ -375,7 +408,7 @@ def test_search_has_no_frontier(tmp_path):
     study = make_study(("adamw", "msign"), Tpe(1e-3, 1.0))
     runs = [Run(g.cell(lr, 0), outcome(2.0 + lr), True) for g in study.groups for lr in (0.01, 0.02 + len(g.arm) / 99)]
     assert names(study, runs) == {"loss"}
-    assert [row["arm"] for row in read(best_table(find(study, runs))).values()] == ["adamw", "msign"] * 2
+    assert [row["arm"] for row in read(study, runs, "The lowest of 4 runs").values()] == ["adamw", "msign"] * 2
     assert {file.name for file in report(study, runs, tmp_path)} == {
         "report.html",
         "report.md",
