@@ -27,8 +27,19 @@ from msign_lightning.recipes.module import LanguageModel
 from msign_lightning.recipes.transformer import Transformer, TransformerConfig
 from msign_lightning.settings import RestorationSettings
 
-# Lightning has no name for the strategy that shards block by block, which `LanguageModel.configure_model` does.
-StrategyRegistry.register("fsdp2", ModelParallelStrategy, override=True)
+
+class FSDP2Strategy(ModelParallelStrategy):
+    """Shards over all processes, which by default would be tensor-parallel within a node, and each train by itself.
+
+    `LanguageModel.configure_model` shards.
+    """
+
+    def setup_environment(self) -> None:
+        self._data_parallel_size, self._tensor_parallel_size = self.num_nodes * self.num_processes, 1
+        super().setup_environment()
+
+
+StrategyRegistry.register("fsdp2", FSDP2Strategy, override=True)
 
 
 class RecipeAction(ActionConfigFile):

@@ -3,6 +3,7 @@
 import json
 import os
 import warnings
+from types import SimpleNamespace
 
 import datasets
 import lightning.pytorch as pl
@@ -12,6 +13,7 @@ import torch
 import torch.nn.functional as F
 import yaml
 from support import assert_same, on_two_ranks, weights
+from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor
 
 from msign_lightning import stable_rank
@@ -47,18 +49,10 @@ PAPER = {
     ),
 }
 CUT = [
-    *("--trainer.accelerator=cpu", "--trainer.max_steps=4", "--trainer.limit_val_batches=1", "--trainer.logger=false"),
-    *("--trainer.enable_progress_bar=false", "--trainer.enable_model_summary=false"),
-    *("--trainer.enable_checkpointing=false", "--trainer.callbacks=null", "--trainer.val_check_interval=null"),
-    *("--trainer.accumulate_grad_batches=2", "--model.warmup_steps=2", "--model.compile=false", "--msign.period=2"),
-    *(
-        "--model.config.width=32",
-        "--model.config.n_heads=4",
-        "--model.config.n_layers=2",
-        "--model.config.mlp_width=24",
-    ),
-    *("--model.config.vocab_size=256", "--data.source=prose", "--data.tokenizer=null", "--data.sequence_length=16"),
-    *("--data.batch_size=2", "--data.val_windows=2"),
+    *("--config", "paper/smoke", "--trainer.precision=bf16-mixed", "--trainer.max_steps=4", "--trainer.logger=false"),
+    *("--trainer.enable_progress_bar=false", "--trainer.enable_model_summary=false", "--trainer.callbacks=null"),
+    *("--trainer.enable_checkpointing=false", "--trainer.val_check_interval=8", "--trainer.accumulate_grad_batches=2"),
+    *("--model.warmup_steps=2", "--msign.period=2"),
 ]
 
 
@@ -67,23 +61,25 @@ def settings(name):
 
 
 class Losses(pl.Callback):
-    """Keeps the training losses."""
+    """Keeps the training losses, and saves a checkpoint after two of four steps if it is told where."""
 
-    def __init__(self):
+    def __init__(self, checkpoint=None):
         self.losses = []
+        self.checkpoint = checkpoint
 
     def on_train_batch_end(self, trainer, pl_module, outputs, batch, batch_idx):
         self.losses.append(trainer.callback_metrics["loss/train"].item())
+        if self.checkpoint and len(self.losses) == 4:
+            trainer.save_checkpoint(self.checkpoint)
 
 
 def arguments(name, *more):
-    latent = ["--model.config.latent_width=8"] if name == "sigma_40m" else []
-    return [f"paper/{name}", *CUT, *latent, *more]
+    return [f"paper/{name}", *CUT, *more]
 
 
-def fit(name, *more):
-    recipe = load_recipe(*arguments(name, *more), callbacks=[losses := Losses()])
-    recipe.trainer.fit(recipe.model, recipe.datamodule)
+def fit(name, *more, checkpoint=None, resume=None):
+    recipe = load_recipe(*arguments(name, *more), callbacks=[losses := Losses(checkpoint)])
+    recipe.trainer.fit(recipe.model, recipe.datamodule, ckpt_path=resume)
     return recipe.model, losses
 
 
@@ -125,12 +121,15 @@ def test_sizes_are_those_of_the_paper(name):
 
 
 @pytest.mark.parametrize("name", PAPER)
-def test_each_trains(name, tmp_path, monkeypatch):
+def test_each_trains_and_resumes_bit_equal(name, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    model, record = fit(name, "--msign.stop=4")
+    model, record = fit(name, "--msign.stop=4", checkpoint="middle.ckpt")
     assert len(record.losses) == 4 * 2
     assert np.isfinite(record.losses).all()
     assert_restored(model)
+    resumed, rest = fit(name, "--msign.stop=4", resume="middle.ckpt")
+    assert rest.losses == record.losses[4:]
+    assert_same(weights(model), weights(resumed))
 
 
 @pytest.mark.composer
@@ -156,25 +155,49 @@ def test_a_compiled_recipe_trains(tmp_path, monkeypatch):
         torch.testing.assert_close(compiled.get_parameter(name), parameter, rtol=1e-3, atol=1e-5)
 
 
+def whole(model):
+    """Its weights, gathered from all processes."""
+    for part in model.modules():
+        if isinstance(part, FSDPModule):
+            part.reshard()
+    assert all(isinstance(p, DTensor) and p.device_mesh.size() == 2 for p in model.parameters())
+    return {name: p.detach().full_tensor() for name, p in model.named_parameters()}
+
+
+def as_documented(name):
+    """The larger two are those to be sharded: in bfloat16."""
+    return "--msign.stop=4", f"--trainer.precision={'bf16-mixed' if name.startswith('llama') else '32-true'}"
+
+
 def _fit_on_rank(rank):
     losses = {}
     for name in PAPER:
-        model, record = fit(name, "--trainer.devices=2", "--msign.stop=4", "--trainer.strategy=fsdp2")
-        assert all(isinstance(parameter, DTensor) for parameter in model.transformer.blocks.parameters())
+        sharded = (name, "--trainer.devices=2", "--trainer.strategy=fsdp2", *as_documented(name))
+        model, record = fit(*sharded, checkpoint=f"{name}.ckpt")
         assert_restored(model)
+        resumed, rest = fit(*sharded, resume=f"{name}.ckpt")
+        assert rest.losses == record.losses[4:]
+        assert_same(whole(model), whole(resumed))
         losses[name] = record.losses
     return losses
 
 
-def test_each_trains_under_fsdp2(tmp_path, monkeypatch):
+def test_each_trains_and_resumes_under_fsdp2(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("MASTER_ADDR", "localhost")
     ranks = on_two_ranks(_fit_on_rank, tmp_path)
     assert ranks[0].keys() == ranks[1].keys() == PAPER.keys()
     for name in PAPER:
-        assert len(ranks[0][name]) == 8
-        assert np.isfinite(ranks[0][name] + ranks[1][name]).all()
-        assert ranks[0][name] != ranks[1][name]  # each has batches of its own
+        _, alone = fit(name, "--trainer.accumulate_grad_batches=4", *as_documented(name))  # sees the same batches
+        together = np.stack([rank[name] for rank in ranks], axis=1).flatten()
+        np.testing.assert_allclose(together, alone.losses, rtol=1e-3 if name.startswith("llama") else 1e-5)
+
+
+def test_replicas_that_would_each_train_by_themselves_are_refused():
+    model = LanguageModel(TransformerConfig(n_layers=1))
+    model._device_mesh = {"tensor_parallel": SimpleNamespace(size=lambda: 2)}
+    with pytest.raises(ValueError, match="tensor_parallel_size must be 1, got 2"):
+        model.configure_model()
 
 
 def _fit_with_composer_on_rank(rank):
