@@ -3,6 +3,7 @@
 import json
 import os
 import warnings
+from contextlib import nullcontext
 from types import SimpleNamespace
 
 import datasets
@@ -12,6 +13,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 import yaml
+from jsonargparse import Namespace
 from support import assert_same, on_two_ranks, weights
 from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor
@@ -146,6 +148,24 @@ def test_each_trains_alike_under_composer(name, tmp_path, monkeypatch):
         torch.testing.assert_close(trainer.state.model.transformer.get_parameter(key), parameter, rtol=1e-4, atol=1e-6)
 
 
+@pytest.mark.composer
+@pytest.mark.parametrize("name", PAPER)
+def test_each_resumes_under_composer(name, tmp_path, monkeypatch):
+    from msign_lightning.recipes.composer_train import build_trainer
+
+    monkeypatch.chdir(tmp_path)
+    path, *more = arguments(name, "--trainer.precision=32-true", "--msign.stop=4")
+
+    def fitted(**settings):
+        trainer = build_trainer(["--config", path, *more], progress_bar=False, **settings)
+        trainer.fit()
+        trainer.close()
+        return weights(trainer.state.model)
+
+    whole = fitted(save_folder="saved", save_interval="2ba", save_filename="{batch}.pt")
+    assert_same(whole, fitted(load_path="saved/2.pt"))
+
+
 def test_a_compiled_recipe_trains(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     plain, _ = fit("nanogpt_5m", "--trainer.precision=32-true")
@@ -225,6 +245,16 @@ def test_too_little_memory_is_said_before_there_is_a_model(monkeypatch):
     monkeypatch.setattr(module, "Transformer", None)
     with pytest.raises(ValueError, match=r"2\.94G parameters need 44 GiB .*, got 24 GiB of GPU memory: shard them"):
         load_recipe("paper/llama_moe_3b")
+
+
+@pytest.mark.parametrize(("gpus", "fits"), [("2", True), (1, False), ([0, 1], True), ("0,1", True), ("auto", False)])
+def test_shards_are_counted(monkeypatch, gpus, fits):
+    monkeypatch.setattr(train, "_memory", lambda accelerator: ("GPU", 24 * 2**30))
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
+    config = {"trainer": {"strategy": "fsdp2", "accelerator": "gpu", "devices": gpus, "num_nodes": 1}}
+    config["model"] = {"config": Namespace(**settings("llama_moe_3b")["model"]["config"])}
+    with nullcontext() if fits else pytest.raises(ValueError, match="got 24 GiB of GPU memory"):
+        train._check_memory(config)
 
 
 # --- streamed data ------------------------------------------------------------------------------------------------
@@ -327,6 +357,27 @@ def test_tokens_of_another_vocabulary_in_a_stream(dataset):
 def test_what_can_not_be_reached_is_said_before_training(settings, message):
     with pytest.raises(ValueError, match=f"{message} .*'prose' with no tokenizer"):
         TextDataModule(**settings).setup("fit")
+
+
+def test_documents_without_text(tmp_path):
+    (tmp_path / "mine.jsonl").write_text('{"content": "words", "id": 3}\n')
+    with pytest.raises(ValueError, match="documents must have a column 'text', got content, id"):
+        TextDataModule(f"hf://{tmp_path}", 7, 2).setup("fit")
+
+
+def test_a_source_that_is_missing_is_said_before_its_tokenizer():
+    with pytest.raises(ValueError, match=r"source must be .* got 'nowhere.txt'"):
+        TextDataModule("nowhere.txt", tokenizer="/no/such").setup("fit")
+
+
+@pytest.mark.parametrize("vocab_size", [50304, 129280])
+def test_token_files_of_another_vocabulary_are_said_before_training(tmp_path, vocab_size):
+    """Those of a vocabulary above 65,536 are uint32: files of uint16 hold two tokens in each."""
+    for split in ("train", "val"):
+        np.full(200, 60000, "<u2").tofile(tmp_path / f"{split}.bin")
+    kind = "uint16" if vocab_size < 2**16 else "uint32"
+    with pytest.raises(ValueError, match=f"must hold {kind} tokens below {vocab_size}, got"):
+        TextDataModule(str(tmp_path), 7, 2, vocab_size=vocab_size).setup("fit")
 
 
 def test_an_empty_stream(tmp_path):
