@@ -1,6 +1,8 @@
 """The studies that need a GPU: in its small form each runs to its end on a CPU, and at full size it is the paper's."""
 
 import math
+import re
+import shlex
 from pathlib import Path
 
 import pytest
@@ -9,7 +11,7 @@ import yaml
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 import msign_lightning.ablations
-from msign_lightning.ablations.__main__ import main
+from msign_lightning.ablations.__main__ import _parser, main
 from msign_lightning.ablations.methods import ARMS
 from msign_lightning.ablations.program import check, run_cell
 from msign_lightning.ablations.runner import results
@@ -42,6 +44,14 @@ def test_all_tables_and_figures_are_there():
     four, two = ("llama_1b", "llama_moe_3b", "nanogpt_5m", "sigma_40m"), ("nanogpt_5m", "sigma_40m")
     tables = [f"paper_table1_{name}" for name in four] + [f"paper_table{n}_{name}" for n in (2, 3) for name in two]
     assert sorted(STUDIES) == sorted(["gpt2_bf16", "paper_figures_llama_1b", "paper_figures_llama_moe_3b", *tables])
+
+
+def test_each_has_its_documented_command():
+    text = (Path(__file__).parent.parent / "docs" / "ablations.md").read_text()
+    commands = re.findall(r"^python -m msign_lightning\.ablations (run (?:paper|gpt2).*)$", text, re.MULTILINE)
+    options = [_parser().parse_args(shlex.split(command)) for command in commands]
+    assert sorted(option.study for option in options) == STUDIES
+    assert all(load(option.study).steps % (100 * option.legs) == 0 for option in options if option.legs > 1)
 
 
 @pytest.mark.parametrize("name", STUDIES)

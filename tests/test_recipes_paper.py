@@ -1,9 +1,13 @@
 """The paper's four configurations: their sizes, and that each trains, cut down, wherever it is meant to."""
 
 import json
+import math
 import os
+import re
+import shlex
 import warnings
 from contextlib import nullcontext
+from pathlib import Path
 from types import SimpleNamespace
 
 import datasets
@@ -11,6 +15,7 @@ import lightning.pytorch as pl
 import numpy as np
 import pytest
 import torch
+import torch.distributed as dist
 import torch.nn.functional as F
 import yaml
 from jsonargparse import Namespace
@@ -146,6 +151,45 @@ def test_each_trains_alike_under_composer(name, tmp_path, monkeypatch):
     trainer.fit()
     for key, parameter in model.transformer.named_parameters():
         torch.testing.assert_close(trainer.state.model.transformer.get_parameter(key), parameter, rtol=1e-4, atol=1e-6)
+
+
+def documented():
+    """The commands of the page on recipes, with the checkpoint that one mentions."""
+    text = (Path(__file__).parent.parent / "docs" / "recipes.md").read_text()
+    commands = re.findall(r"python -m msign_lightning\.recipes\.train (.+?)(?:#.*)?$", text, re.MULTILINE)
+    (resume,) = re.findall(r"--ckpt_path=\S+(?=`)", text)
+    (form,) = re.findall(r"--model\.config\.attention=\S+(?=`)", text)
+    offline = " ".join(re.search(r"`(--data\.source=prose) (--data\.tokenizer=null)`", text).groups())
+    more = [(f"fit -c paper/nanogpt_5m {resume}", resume), (f"fit -c paper/gpt2_bf16 {form}", "")]
+    more.append((f"fit -c paper/sigma_40m {offline}", ""))
+    return [*((command.strip(), "") for command in commands), *more]
+
+
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize(("command", "checkpoint"), documented())
+def test_the_documented_commands_start(command, checkpoint, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(os, "environ", os.environ.copy())
+    Path("my.txt").write_text("some text of mine " * 200)
+    name = re.search(r"-(?:c|-config) (\S+)", command).group(1)
+    small = "--trainer.max_steps=20 --trainer.accelerator=cpu --trainer.enable_progress_bar=false"
+    if name.startswith("paper/"):
+        command = command.replace(name, f"{name} -c paper/smoke")
+    if checkpoint:
+        train.RecipeCLI(
+            args=[*shlex.split(f"fit -c {name} -c paper/smoke {small}"), "--trainer.callbacks.every_n_train_steps=10"]
+        )
+        (saved,) = Path().rglob("*step=10.ckpt")
+        command = command.replace(checkpoint, f"--ckpt_path={saved}")
+        assert Path(checkpoint).parent.name == saved.parent.name
+        assert Path(checkpoint).name == saved.name.replace("=10.", "=1000.")
+    try:
+        trainer = train.RecipeCLI(args=shlex.split(f"{command} {small}")).trainer
+    finally:
+        if dist.is_initialized():
+            dist.destroy_process_group()
+    assert trainer.global_step == 20
+    assert math.isfinite(trainer.callback_metrics["loss/train"])
 
 
 @pytest.mark.composer
