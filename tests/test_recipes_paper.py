@@ -19,7 +19,7 @@ import torch.distributed as dist
 import torch.nn.functional as F
 import yaml
 from jsonargparse import Namespace
-from support import assert_same, on_two_ranks, weights
+from support import assert_same, on_ranks, on_two_ranks, weights
 from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor
 
@@ -249,7 +249,7 @@ def _fit_on_rank(rank):
 def test_each_trains_and_resumes_under_fsdp2(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("MASTER_ADDR", "localhost")
-    ranks = on_two_ranks(_fit_on_rank, tmp_path)
+    ranks = on_ranks(2, _fit_on_rank, tmp_path, seconds=400)
     assert ranks[0].keys() == ranks[1].keys() == PAPER.keys()
     for name in PAPER:
         _, alone = fit(name, "--trainer.accumulate_grad_batches=4", *as_documented(name))  # sees the same batches
