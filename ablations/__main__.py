@@ -23,7 +23,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(message)s")
     optuna.logging.set_verbosity(optuna.logging.WARNING)
     try:
-        study = load(options.study)
+        study = load(options.study, smoke=options.smoke)
         if options.command == "report":
             for file in _report(study, options):
                 print(file)
@@ -74,6 +74,7 @@ def _parser() -> argparse.ArgumentParser:
         command.add_argument("study", help="file of a study, or name of one of this package's, such as quick")
         command.add_argument("--storage", help="URL of a database, or path of an Optuna journal; else in the folder")
         command.add_argument("--folder", type=Path, default=FOLDER, help="where the study's folder is (%(default)s)")
+        command.add_argument("--smoke", action="store_true", help="its part smoke instead, under the name STUDY_smoke")
         if name != "report":
             command.add_argument("--workers", type=_count, help="cells trained at once; else one per GPU or core")
             command.add_argument("--time-limit", type=_count, metavar="SECONDS", help="that a cell may take")

@@ -101,6 +101,7 @@ class _File(NamedTuple):
     prune: bool = False
     metric: str = "loss/val"
     lr: str = "model.optimizer.lr"
+    smoke: Node | None = None
 
 
 class _Named(NamedTuple):
@@ -339,7 +340,7 @@ class Study:
         if setting in RESERVED:
             raise self.error(f"{name} must not be a factor or a setting: {RESERVED[setting]} sets it", *where)
         short = {"lr": self.lr, **SHORT_NAMES}
-        if name not in short and "." not in name and not self.is_object:
+        if name not in short and "." not in name and name != "config" and not self.is_object:
             known = f"known: {', '.join(short)}, and settings of the program by their dotted names"
             raise self.error(f"unknown factor {name!r}{near(name, short)}; {known}", *where)
         for own, long in short.items():
@@ -371,14 +372,19 @@ def _flat(values: Mapping[str, Any], prefix: str = "") -> dict[str, str]:
     return flat
 
 
-def load(path: str | Path) -> Study:
+def load(path: str | Path, *, smoke: bool = False) -> Study:
     """Reads a study file, or by its name a study of this package, such as "quick".
+
+    Args:
+        path: The file, or the name.
+        smoke: Whether to read the study as its part `smoke` changes it, to try it where it could not be run: what is
+            there goes before what the study says. The name ends in "_smoke" then.
 
     Raises:
         StudyError: The study can't be read or run: with file, line, rule and the value received.
     """
     file = _find(Path(path))
-    root = read(file)
+    root = _in_small(read(file)) if smoke else read(file)
     parts: _File = root.read(_File)
     arms, variants = _arms(parts.arms)
     sampler = Grid() if parts.sampler is None else _sampler(parts.sampler)
@@ -387,7 +393,22 @@ def load(path: str | Path) -> Study:
         for name, values in parts.factors.items()
     }
     rest = {**parts._asdict(), "arms": arms, "factors": factors, "sampler": sampler}
-    return Study(name=file.stem, variants=variants, source=root.source, **rest)
+    rest.pop("smoke")
+    return Study(name=f"{file.stem}_smoke" if smoke else file.stem, variants=variants, source=root.source, **rest)
+
+
+def _in_small(root: Node) -> Node:
+    """The study with its part `smoke` in place, as if it were written so."""
+    if not isinstance(root.value, dict) or "smoke" not in root.value:
+        raise root.source.error("smoke is missing")
+    value = dict(root.value)
+    for key, part in root.part("smoke").read(dict[str, Node]).items():
+        whole = value.get(key)
+        value[key] = {**whole, **part.value} if isinstance(whole, dict) and isinstance(part.value, dict) else part.value
+    value.pop("smoke")
+    lines = root.source.lines
+    moved = {where[1:]: line for where, line in lines.items() if where[:1] == ("smoke",) and len(where) > 1}
+    return Node(value, (), root.source._replace(lines={**lines, **moved}))
 
 
 def _arms(node: Node) -> tuple[tuple[str, ...], dict[str, Variant]]:

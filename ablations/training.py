@@ -172,7 +172,7 @@ def _build(study: Study, cell: Cell, folder: Path = Path(), *, steps: int | None
     Raises:
         ValueError: The program does not take a setting.
     """
-    cls, file = _find(study)
+    cls, files = _find(study)
     settings: dict[str, Any] = {
         "seed_everything": cell.seed,
         "trainer.max_steps": steps or study.steps,
@@ -192,7 +192,9 @@ def _build(study: Study, cell: Cell, folder: Path = Path(), *, steps: int | None
             return super().init_parser(**{**kwargs, "exit_on_error": False})
 
         def parse_arguments(self, parser: Any, args: Any) -> None:
-            base = parser.get_defaults() if file is None else parser.parse_path(str(file))
+            base = parser.parse_path(str(files[0])) if files else parser.get_defaults()
+            for file in files[1:]:
+                base = parser.parse_object(read(file).value, cfg_base=base)
             known = [name.replace(".init_args.", ".") for name in base.keys()]  # noqa: SIM118 (leaves, not branches)
             self.config = base
             # A class takes over the arguments that it shares with the last one: it must come before its own.
@@ -216,18 +218,18 @@ def _build(study: Study, cell: Cell, folder: Path = Path(), *, steps: int | None
     return cli
 
 
-def _find(study: Study) -> tuple[type[LightningCLI], Path | None]:
-    """The class of the command line, and the file with its configuration."""
+def _find(study: Study) -> tuple[type[LightningCLI], list[Path]]:
+    """The class of the command line, and the files with its configuration, of which a later one goes before."""
     cls = programs.find(study)
-    config = study.settings.get("config")
+    config = [recipe_file(str(study.settings["config"]))] if "config" in study.settings else []
     if cls is None:
         file = recipe_file(study.program)
         root = read(file).value
         model = root.get("model") if isinstance(root, dict) else None
-        return (LightningCLI if isinstance(model, dict) and "class_path" in model else RecipeCLI), file
+        return (LightningCLI if isinstance(model, dict) and "class_path" in model else RecipeCLI), [file, *config]
     if not issubclass(cls, LightningCLI):
         raise study.error(f"program must be a LightningCLI or a function, got the class {cls.__name__}", "program")
-    return cls, None if config is None else Path(str(config))
+    return cls, config
 
 
 def _nested(settings: Mapping[str, Any], names: Any) -> dict[str, Any]:

@@ -131,7 +131,7 @@ class TokenStream:
         """The next n tokens.
 
         Raises:
-            ValueError: The documents hold no token.
+            ValueError: The documents hold no token, or no text.
         """
         parts, size, ends = [self._rest], len(self._rest), 0
         while size < n:
@@ -143,6 +143,8 @@ class TokenStream:
                 if ends == 2 and size == len(self._rest):
                     raise ValueError("the stream must hold tokens, got none")
                 continue
+            if "text" not in document:
+                raise ValueError(f"documents must have a column 'text', got {', '.join(document)}")
             parts.append(self.encode(document["text"]))
             size += len(parts[-1])
         tokens = np.concatenate(parts)
@@ -332,7 +334,8 @@ class TextDataModule(pl.LightningDataModule):
                 )
             self.windows[split] = Windows(tokens, self.sequence_length, self.vocab_size)
             if (largest := int(tokens[:CHECKED_TOKENS].max())) >= self.vocab_size:
-                raise ValueError(f"source {self.source!r} must hold tokens below {self.vocab_size}, got {largest}")
+                kind = f"{tokens.dtype.name} tokens"
+                raise ValueError(f"source {self.source!r} must hold {kind} below {self.vocab_size}, got {largest}")
 
     def _open_stream(self) -> None:
         name, _, configuration = self.source.removeprefix(HUB_PREFIX).partition(":")
@@ -385,7 +388,8 @@ class TextDataModule(pl.LightningDataModule):
         files = [folder / f"{split}.bin" for split in SPLITS]
         present = [file for file in files if file.is_file()]
         if not present:
-            tokens = _encoder(self.tokenizer, separate=False)(_read(self.source))
+            text = _read(self.source)
+            tokens = _encoder(self.tokenizer, separate=False)(text)
             cut = len(tokens) - round(len(tokens) * self.val_fraction)
             return tokens[:cut], tokens[cut:]
         if present != files:

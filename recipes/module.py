@@ -86,6 +86,8 @@ class LanguageModel(pl.LightningModule):
 
     def configure_model(self) -> None:
         """Shards block by block under Lightning's `ModelParallelStrategy` (FSDP2), and compiles on request."""
+        if self.device_mesh is not None and (size := self.device_mesh["tensor_parallel"].size()) > 1:
+            raise ValueError(f"tensor_parallel_size must be 1, got {size}: use --trainer.strategy=fsdp2")
         if self.device_mesh is not None and not isinstance(self.transformer, FSDPModule):
             for part in (*self.transformer.blocks, self.transformer):
                 fully_shard(part, mesh=self.device_mesh["data_parallel"])

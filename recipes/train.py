@@ -27,8 +27,19 @@ from msign_lightning.recipes.module import LanguageModel
 from msign_lightning.recipes.transformer import Transformer, TransformerConfig
 from msign_lightning.settings import RestorationSettings
 
-# Lightning has no name for the strategy that shards block by block, which `LanguageModel.configure_model` does.
-StrategyRegistry.register("fsdp2", ModelParallelStrategy, override=True)
+
+class FSDP2Strategy(ModelParallelStrategy):
+    """Shards over all processes, which by default would be tensor-parallel within a node, and each train by itself.
+
+    `LanguageModel.configure_model` shards.
+    """
+
+    def setup_environment(self) -> None:
+        self._data_parallel_size, self._tensor_parallel_size = self.num_nodes * self.num_processes, 1
+        super().setup_environment()
+
+
+StrategyRegistry.register("fsdp2", FSDP2Strategy, override=True)
 
 
 class RecipeAction(ActionConfigFile):
@@ -108,22 +119,34 @@ def _check_writable(folder: str) -> None:
 
 
 def _check_memory(config: Namespace) -> None:
-    """Raises before there is a model if its training can't fit into the memory of one device, which is to hold it all.
+    """Raises before there is a model if its training can't fit into the memory of a device, or of all that share it.
 
     In fp32 a parameter takes 16 bytes with its gradient and AdamW's two moments; activations come on top.
     """
     trainer = config["trainer"]
-    if any(word in str(trainer["strategy"]).lower() for word in ("fsdp", "modelparallel", "deepspeed")):
+    strategy = str(trainer["strategy"]).lower()
+    if "deepspeed" in strategy:  # may keep its state elsewhere
         return
     with torch.device("meta"):
         model = Transformer(TransformerConfig(**config["model"]["config"].as_dict()))
     count = sum(parameter.numel() for parameter in model.parameters())
     device, memory = _memory(trainer["accelerator"])
+    if device == "GPU" and any(word in strategy for word in ("fsdp", "modelparallel")):
+        memory *= _count_gpus(trainer["devices"]) * trainer["num_nodes"]
     if 16 * count > memory:
         raise ValueError(
             f"{count / 1e9:.2f}G parameters need {16 * count / 2**30:.0f} GiB with gradients and AdamW's state, got "
-            f"{memory / 2**30:.0f} GiB of {device} memory: shard them with --trainer.strategy=fsdp2 on several devices"
+            f"{memory / 2**30:.0f} GiB of {device} memory: shard them with --trainer.strategy=fsdp2 on more GPUs"
         )
+
+
+def _count_gpus(devices: Any) -> int:
+    """Of each node, by what Lightning's trainer takes for `devices`: a number, "auto", "0,1" or a list."""
+    if str(devices) in ("auto", "-1"):
+        return torch.cuda.device_count()
+    if isinstance(devices, str):
+        devices = devices.strip(",").split(",") if "," in devices else int(devices)
+    return devices if isinstance(devices, int) else len(devices)
 
 
 def _memory(accelerator: Any) -> tuple[str, float]:

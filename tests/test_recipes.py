@@ -321,7 +321,7 @@ class TestTextDataModule:
         assert first.min() >= 1000
         assert first.max() < 1300
         assert torch.equal(torch.cat(list(data.val_dataloader()))[:, 0], torch.arange(2000, 2090, 10))
-        with pytest.raises(ValueError, match="must hold tokens below 256, got 1299"):
+        with pytest.raises(ValueError, match="must hold uint16 tokens below 256, got 1299"):
             TextDataModule(str(tmp_path), 10, 3).setup("fit")
 
     @pytest.mark.parametrize("files", [{"train.bin": 64}, {"val.bin": 64}])

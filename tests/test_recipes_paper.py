@@ -1,17 +1,26 @@
 """The paper's four configurations: their sizes, and that each trains, cut down, wherever it is meant to."""
 
 import json
+import math
 import os
+import re
+import shlex
 import warnings
+from contextlib import nullcontext
+from pathlib import Path
+from types import SimpleNamespace
 
 import datasets
 import lightning.pytorch as pl
 import numpy as np
 import pytest
 import torch
+import torch.distributed as dist
 import torch.nn.functional as F
 import yaml
-from support import assert_same, on_two_ranks, weights
+from jsonargparse import Namespace
+from support import assert_same, on_ranks, on_two_ranks, weights
+from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor
 
 from msign_lightning import stable_rank
@@ -47,18 +56,10 @@ PAPER = {
     ),
 }
 CUT = [
-    *("--trainer.accelerator=cpu", "--trainer.max_steps=4", "--trainer.limit_val_batches=1", "--trainer.logger=false"),
-    *("--trainer.enable_progress_bar=false", "--trainer.enable_model_summary=false"),
-    *("--trainer.enable_checkpointing=false", "--trainer.callbacks=null", "--trainer.val_check_interval=null"),
-    *("--trainer.accumulate_grad_batches=2", "--model.warmup_steps=2", "--model.compile=false", "--msign.period=2"),
-    *(
-        "--model.config.width=32",
-        "--model.config.n_heads=4",
-        "--model.config.n_layers=2",
-        "--model.config.mlp_width=24",
-    ),
-    *("--model.config.vocab_size=256", "--data.source=prose", "--data.tokenizer=null", "--data.sequence_length=16"),
-    *("--data.batch_size=2", "--data.val_windows=2"),
+    *("--config", "paper/smoke", "--trainer.precision=bf16-mixed", "--trainer.max_steps=4", "--trainer.logger=false"),
+    *("--trainer.enable_progress_bar=false", "--trainer.enable_model_summary=false", "--trainer.callbacks=null"),
+    *("--trainer.enable_checkpointing=false", "--trainer.val_check_interval=8", "--trainer.accumulate_grad_batches=2"),
+    *("--model.warmup_steps=2", "--msign.period=2"),
 ]
 
 
@@ -67,23 +68,25 @@ def settings(name):
 
 
 class Losses(pl.Callback):
-    """Keeps the training losses."""
+    """Keeps the training losses, and saves a checkpoint after two of four steps if it is told where."""
 
-    def __init__(self):
+    def __init__(self, checkpoint=None):
         self.losses = []
+        self.checkpoint = checkpoint
 
     def on_train_batch_end(self, trainer, pl_module, outputs, batch, batch_idx):
         self.losses.append(trainer.callback_metrics["loss/train"].item())
+        if self.checkpoint and len(self.losses) == 4:
+            trainer.save_checkpoint(self.checkpoint)
 
 
 def arguments(name, *more):
-    latent = ["--model.config.latent_width=8"] if name == "sigma_40m" else []
-    return [f"paper/{name}", *CUT, *latent, *more]
+    return [f"paper/{name}", *CUT, *more]
 
 
-def fit(name, *more):
-    recipe = load_recipe(*arguments(name, *more), callbacks=[losses := Losses()])
-    recipe.trainer.fit(recipe.model, recipe.datamodule)
+def fit(name, *more, checkpoint=None, resume=None):
+    recipe = load_recipe(*arguments(name, *more), callbacks=[losses := Losses(checkpoint)])
+    recipe.trainer.fit(recipe.model, recipe.datamodule, ckpt_path=resume)
     return recipe.model, losses
 
 
@@ -125,12 +128,15 @@ def test_sizes_are_those_of_the_paper(name):
 
 
 @pytest.mark.parametrize("name", PAPER)
-def test_each_trains(name, tmp_path, monkeypatch):
+def test_each_trains_and_resumes_bit_equal(name, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    model, record = fit(name, "--msign.stop=4")
+    model, record = fit(name, "--msign.stop=4", checkpoint="middle.ckpt")
     assert len(record.losses) == 4 * 2
     assert np.isfinite(record.losses).all()
     assert_restored(model)
+    resumed, rest = fit(name, "--msign.stop=4", resume="middle.ckpt")
+    assert rest.losses == record.losses[4:]
+    assert_same(weights(model), weights(resumed))
 
 
 @pytest.mark.composer
@@ -147,6 +153,63 @@ def test_each_trains_alike_under_composer(name, tmp_path, monkeypatch):
         torch.testing.assert_close(trainer.state.model.transformer.get_parameter(key), parameter, rtol=1e-4, atol=1e-6)
 
 
+def documented():
+    """The commands of the page on recipes, with the checkpoint that one mentions."""
+    text = (Path(__file__).parent.parent / "docs" / "recipes.md").read_text()
+    commands = re.findall(r"python -m msign_lightning\.recipes\.train (.+?)(?:#.*)?$", text, re.MULTILINE)
+    (resume,) = re.findall(r"--ckpt_path=\S+(?=`)", text)
+    (form,) = re.findall(r"--model\.config\.attention=\S+(?=`)", text)
+    offline = " ".join(re.search(r"`(--data\.source=prose) (--data\.tokenizer=null)`", text).groups())
+    more = [(f"fit -c paper/nanogpt_5m {resume}", resume), (f"fit -c paper/gpt2_bf16 {form}", "")]
+    more.append((f"fit -c paper/sigma_40m {offline}", ""))
+    return [*((command.strip(), "") for command in commands), *more]
+
+
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize(("command", "checkpoint"), documented())
+def test_the_documented_commands_start(command, checkpoint, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(os, "environ", os.environ.copy())
+    Path("my.txt").write_text("some text of mine " * 200)
+    name = re.search(r"-(?:c|-config) (\S+)", command).group(1)
+    small = "--trainer.max_steps=20 --trainer.accelerator=cpu --trainer.enable_progress_bar=false"
+    if name.startswith("paper/"):
+        command = command.replace(name, f"{name} -c paper/smoke")
+    if checkpoint:
+        train.RecipeCLI(
+            args=[*shlex.split(f"fit -c {name} -c paper/smoke {small}"), "--trainer.callbacks.every_n_train_steps=10"]
+        )
+        (saved,) = Path().rglob("*step=10.ckpt")
+        command = command.replace(checkpoint, f"--ckpt_path={saved}")
+        assert Path(checkpoint).parent.name == saved.parent.name
+        assert Path(checkpoint).name == saved.name.replace("=10.", "=1000.")
+    try:
+        trainer = train.RecipeCLI(args=shlex.split(f"{command} {small}")).trainer
+    finally:
+        if dist.is_initialized():
+            dist.destroy_process_group()
+    assert trainer.global_step == 20
+    assert math.isfinite(trainer.callback_metrics["loss/train"])
+
+
+@pytest.mark.composer
+@pytest.mark.parametrize("name", PAPER)
+def test_each_resumes_under_composer(name, tmp_path, monkeypatch):
+    from msign_lightning.recipes.composer_train import build_trainer
+
+    monkeypatch.chdir(tmp_path)
+    path, *more = arguments(name, "--trainer.precision=32-true", "--msign.stop=4")
+
+    def fitted(**settings):
+        trainer = build_trainer(["--config", path, *more], progress_bar=False, **settings)
+        trainer.fit()
+        trainer.close()
+        return weights(trainer.state.model)
+
+    whole = fitted(save_folder="saved", save_interval="2ba", save_filename="{batch}.pt")
+    assert_same(whole, fitted(load_path="saved/2.pt"))
+
+
 def test_a_compiled_recipe_trains(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     plain, _ = fit("nanogpt_5m", "--trainer.precision=32-true")
@@ -156,25 +219,49 @@ def test_a_compiled_recipe_trains(tmp_path, monkeypatch):
         torch.testing.assert_close(compiled.get_parameter(name), parameter, rtol=1e-3, atol=1e-5)
 
 
+def whole(model):
+    """Its weights, gathered from all processes."""
+    for part in model.modules():
+        if isinstance(part, FSDPModule):
+            part.reshard()
+    assert all(isinstance(p, DTensor) and p.device_mesh.size() == 2 for p in model.parameters())
+    return {name: p.detach().full_tensor() for name, p in model.named_parameters()}
+
+
+def as_documented(name):
+    """The larger two are those to be sharded: in bfloat16."""
+    return "--msign.stop=4", f"--trainer.precision={'bf16-mixed' if name.startswith('llama') else '32-true'}"
+
+
 def _fit_on_rank(rank):
     losses = {}
     for name in PAPER:
-        model, record = fit(name, "--trainer.devices=2", "--msign.stop=4", "--trainer.strategy=fsdp2")
-        assert all(isinstance(parameter, DTensor) for parameter in model.transformer.blocks.parameters())
+        sharded = (name, "--trainer.devices=2", "--trainer.strategy=fsdp2", *as_documented(name))
+        model, record = fit(*sharded, checkpoint=f"{name}.ckpt")
         assert_restored(model)
+        resumed, rest = fit(*sharded, resume=f"{name}.ckpt")
+        assert rest.losses == record.losses[4:]
+        assert_same(whole(model), whole(resumed))
         losses[name] = record.losses
     return losses
 
 
-def test_each_trains_under_fsdp2(tmp_path, monkeypatch):
+def test_each_trains_and_resumes_under_fsdp2(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("MASTER_ADDR", "localhost")
-    ranks = on_two_ranks(_fit_on_rank, tmp_path)
+    ranks = on_ranks(2, _fit_on_rank, tmp_path, seconds=400)
     assert ranks[0].keys() == ranks[1].keys() == PAPER.keys()
     for name in PAPER:
-        assert len(ranks[0][name]) == 8
-        assert np.isfinite(ranks[0][name] + ranks[1][name]).all()
-        assert ranks[0][name] != ranks[1][name]  # each has batches of its own
+        _, alone = fit(name, "--trainer.accumulate_grad_batches=4", *as_documented(name))  # sees the same batches
+        together = np.stack([rank[name] for rank in ranks], axis=1).flatten()
+        np.testing.assert_allclose(together, alone.losses, rtol=1e-3 if name.startswith("llama") else 1e-5)
+
+
+def test_replicas_that_would_each_train_by_themselves_are_refused():
+    model = LanguageModel(TransformerConfig(n_layers=1))
+    model._device_mesh = {"tensor_parallel": SimpleNamespace(size=lambda: 2)}
+    with pytest.raises(ValueError, match="tensor_parallel_size must be 1, got 2"):
+        model.configure_model()
 
 
 def _fit_with_composer_on_rank(rank):
@@ -202,6 +289,16 @@ def test_too_little_memory_is_said_before_there_is_a_model(monkeypatch):
     monkeypatch.setattr(module, "Transformer", None)
     with pytest.raises(ValueError, match=r"2\.94G parameters need 44 GiB .*, got 24 GiB of GPU memory: shard them"):
         load_recipe("paper/llama_moe_3b")
+
+
+@pytest.mark.parametrize(("gpus", "fits"), [("2", True), (1, False), ([0, 1], True), ("0,1", True), ("auto", False)])
+def test_shards_are_counted(monkeypatch, gpus, fits):
+    monkeypatch.setattr(train, "_memory", lambda accelerator: ("GPU", 24 * 2**30))
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
+    config = {"trainer": {"strategy": "fsdp2", "accelerator": "gpu", "devices": gpus, "num_nodes": 1}}
+    config["model"] = {"config": Namespace(**settings("llama_moe_3b")["model"]["config"])}
+    with nullcontext() if fits else pytest.raises(ValueError, match="got 24 GiB of GPU memory"):
+        train._check_memory(config)
 
 
 # --- streamed data ------------------------------------------------------------------------------------------------
@@ -304,6 +401,27 @@ def test_tokens_of_another_vocabulary_in_a_stream(dataset):
 def test_what_can_not_be_reached_is_said_before_training(settings, message):
     with pytest.raises(ValueError, match=f"{message} .*'prose' with no tokenizer"):
         TextDataModule(**settings).setup("fit")
+
+
+def test_documents_without_text(tmp_path):
+    (tmp_path / "mine.jsonl").write_text('{"content": "words", "id": 3}\n')
+    with pytest.raises(ValueError, match="documents must have a column 'text', got content, id"):
+        TextDataModule(f"hf://{tmp_path}", 7, 2).setup("fit")
+
+
+def test_a_source_that_is_missing_is_said_before_its_tokenizer():
+    with pytest.raises(ValueError, match=r"source must be .* got 'nowhere.txt'"):
+        TextDataModule("nowhere.txt", tokenizer="/no/such").setup("fit")
+
+
+@pytest.mark.parametrize("vocab_size", [50304, 129280])
+def test_token_files_of_another_vocabulary_are_said_before_training(tmp_path, vocab_size):
+    """Those of a vocabulary above 65,536 are uint32: files of uint16 hold two tokens in each."""
+    for split in ("train", "val"):
+        np.full(200, 60000, "<u2").tofile(tmp_path / f"{split}.bin")
+    kind = "uint16" if vocab_size < 2**16 else "uint32"
+    with pytest.raises(ValueError, match=f"must hold {kind} tokens below {vocab_size}, got"):
+        TextDataModule(str(tmp_path), 7, 2, vocab_size=vocab_size).setup("fit")
 
 
 def test_an_empty_stream(tmp_path):
