@@ -1,14 +1,14 @@
-"""The cells of a study in an Optuna storage: what is to be trained, what runs, what is done.
+"""The cells of a study in an Optuna storage: what runs, what is done.
 
 Each training run of a cell is a trial. Its user attributes hold the cell's key ("cell") and content ("cell_spec"), who
 trains it ("parent") and what it gave ("outcome"), or "error" if it can't be trained: such a trial keeps running until
 its parent ends, so that nobody asks for the cell again before. Failed trials don't count. They have an "error", or
 "duplicate" because another trial has their cell, or neither: their parent was stopped. The next one trains them again.
 
-Several parents may share one database. A parent that adds a trial writes down how many it "knew": of trials that were
-added meanwhile for the same place (a cell of a grid, a group and seed of a bisection) the one with the lowest number is
-trained. A parent counts as dead once its sign of life, a counter in the study's user attributes, has not changed for
-`GRACE` seconds of the observer's own clock, so that the machines' clocks need not agree.
+Several parents may share one database. Of trials that they add at the same moment for the same place (a cell of a grid,
+a group and seed of a bisection) the one with the lowest number is trained. A parent counts as dead once its sign of
+life, a counter in the study's user attributes, has not changed for `GRACE` seconds of the observer's own clock, so that
+the machines' clocks need not agree.
 """
 
 from __future__ import annotations
@@ -38,14 +38,13 @@ from optuna.trial import FrozenTrial, Trial, TrialState, create_trial
 from msign_lightning.ablations.cell import Cell, Group, Outcome, show
 from msign_lightning.ablations.methods import Value
 from msign_lightning.ablations.reader import StudyError
-from msign_lightning.ablations.sampler import Interval, Probe, Proposal, Urgency, next_probe
-from msign_lightning.ablations.study import Bisect, Grid, Study, Tpe, changes
+from msign_lightning.ablations.sampler import Interval, Probe, Search
+from msign_lightning.ablations.study import Bisect, Study, Tpe, changes
 
 BEAT = 10.0  # seconds between two signs of life
 GRACE = 60.0  # seconds without one after which a parent counts as dead
 
 _DONE = (TrialState.COMPLETE, TrialState.PRUNED)
-_UNDER_WAY = (TrialState.RUNNING, TrialState.WAITING)
 _MAY_CHANGE = ("arms", "factors.", "seeds", "variants.", "sampler.runs", "sampler.trials")
 """Parts of a study that grow and shrink after its start; a search's own trials must stay comparable."""
 _log = logging.getLogger(__name__)
@@ -117,6 +116,7 @@ class Ledger:
 
     def __init__(self, study: Study, backend: BaseStorage, *, alone: bool) -> None:
         self._study = study
+        self._backend = backend
         self._storage = optuna.create_study(study_name=study.name, storage=backend, load_if_exists=True)
         find(study, backend)
         if self._storage.user_attrs.get("fingerprint") != _plain(study):
@@ -128,15 +128,16 @@ class Ledger:
         self._seen: dict[str, tuple[int | None, float]] = {}
         self._claims: dict[int, Claim] = {}
         self._given_up: dict[int, Claim] = {}
-        self._done: dict[str, int] = {}  # by key of the cell, its trial's number
-        self._probes: dict[Place, dict[int, Probe]] = {}  # of finished trials, by number
-        self._proposals: dict[Place, Proposal] = {}
+        self._done: set[str] = set()  # keys of cells
         self._settled = 0  # trials below this number are finished
-        if isinstance(study.sampler, Tpe):
+        sampler = study.sampler
+        self._search: Search[Place] | None = None
+        self._storage.sampler = RandomSampler(seed=0)  # which is not asked
+        if isinstance(sampler, Bisect):
+            self._search = Search(Interval(sampler.low, sampler.high, True, sampler.resolution, sampler.runs))
+        elif isinstance(sampler, Tpe):
             # A parent that resumes or joins must not draw again what was drawn before.
-            self._storage.sampler = TPESampler(seed=study.sampler.seed + len(self._trials()), constant_liar=True)
-        else:
-            self._storage.sampler = RandomSampler(seed=0)  # which is not asked
+            self._storage.sampler = TPESampler(seed=sampler.seed + len(self._trials()), constant_liar=True)
         self._storage.pruner = MedianPruner(n_warmup_steps=study.steps // 5) if study.prune else NopPruner()
 
     @property
@@ -173,17 +174,19 @@ class Ledger:
 
     def claim(self) -> Claim | None:
         """A cell to train; None if there is none now."""
-        while (trial := self._ask()) is not None:
-            trial.set_user_attr("parent", self._parent)
-            cell = Cell.from_dict(trial.user_attrs["cell_spec"])
-            twin = self._twin(trial, cell)
-            if twin is None and self._study.holds(cell):
-                self._claims[trial.number] = Claim(trial, cell)
-                return self._claims[trial.number]
-            if twin is not None:
-                trial.set_user_attr("duplicate", twin)
-            self._fail(trial.number)
-        return None
+        sampler = self._study.sampler
+        known = 0 if isinstance(sampler, Tpe) else len(self._trials())
+        claim = self._draw(sampler) if isinstance(sampler, Tpe) else self._begin(self._choose(self._absorb()))
+        if claim is None:
+            return None
+        place = self._place(claim.cell)
+        for other in self._trials()[known : claim.trial.number]:  # of other parents, at the same moment
+            if other.state != TrialState.FAIL and "cell" in other.user_attrs and self._place(_cell(other)) == place:
+                claim.trial.set_user_attr("duplicate", other.number)
+                self._fail(claim.trial.number)
+                return self.claim()
+        self._claims[claim.trial.number] = claim
+        return claim
 
     def adopt(self, cell: Cell, outcome: Outcome) -> None:
         """Writes down what a cell gave that was trained by itself, unless it is known."""
@@ -193,7 +196,7 @@ class Ledger:
                 create_trial(
                     value=_value(outcome),
                     constraints={"unstable": -1.0 if self._study.stability.is_stable(outcome) else 1.0},
-                    **self._params(cell),
+                    **_params(cell),
                     user_attrs={**_attributes(cell), "parent": "by itself", "outcome": outcome.as_dict()},
                 )
             )
@@ -240,20 +243,18 @@ class Ledger:
         return self._storage.get_trials(deepcopy=False, states=states or None)
 
     def _absorb(self) -> list[FrozenTrial]:
-        """Takes in what has been finished since the last call; returns what is under way."""
+        """Takes in what is new since the last call; returns what is under way."""
         trials = self._trials()
         under_way = []
         for trial in trials[self._settled :]:
-            if trial.state in _UNDER_WAY:
+            if trial.state == TrialState.RUNNING:
                 under_way.append(trial)
-            elif trial.state in _DONE and trial.user_attrs["cell"] not in self._done:
-                cell = Cell.from_dict(trial.user_attrs["cell_spec"])
-                if self._study.holds(cell):
-                    self._done[trial.user_attrs["cell"]] = trial.number
-                    place = (cell.group, cell.seed)
-                    stable = not trial.constraints or max(trial.constraints.values()) <= 0
-                    self._probes.setdefault(place, {})[trial.number] = Probe(cell.lr, stable)
-                    self._proposals.pop(place, None)
+            is_new = trial.state in _DONE and trial.user_attrs["cell"] not in self._done
+            if (is_new or "error" in trial.user_attrs) and self._study.holds(cell := _cell(trial)):
+                if is_new:
+                    self._done.add(cell.key)
+                if self._search is not None:
+                    self._search.put((cell.group, cell.seed), trial.number, _probe(trial, cell))
         while self._settled < len(trials) and trials[self._settled].state.is_finished():
             self._settled += 1
         return under_way
@@ -277,94 +278,75 @@ class Ledger:
         self._seen[parent] = (beat, since if beat == last else now)
         return beat != last or now - since < GRACE
 
-    def _ask(self) -> Trial | None:
-        """A trial with the next cell, as far as this parent knows."""
-        sampler = self._study.sampler
-        if isinstance(sampler, Tpe):
-            return self._search(sampler)
-        known = len(self._trials())
-        under_way = self._absorb()
-        if not any(trial.state == TrialState.WAITING for trial in under_way):
-            cell = self._choose(under_way)
-            if cell is None:
-                return None
-            attributes = {**_attributes(cell), "known": known}
-            self._storage.add_trial(create_trial(state=TrialState.WAITING, **self._params(cell), user_attrs=attributes))
-        trial = self._storage.ask()
-        if "cell" not in trial.user_attrs:  # another parent has taken the last one that waited
-            self._fail(trial.number)
-            return self._ask()
-        return trial
+    def _place(self, cell: Cell) -> Cell | Place:
+        """What one trial has at a time: a cell or, in a bisection, a group and seed."""
+        return cell if self._search is None else (cell.group, cell.seed)
 
     def _choose(self, under_way: Sequence[FrozenTrial]) -> Cell | None:
         """The next cell of a grid or bisection."""
-        study, sampler = self._study, self._study.sampler
-        if isinstance(sampler, Grid):
-            taken = {trial.user_attrs.get("cell") for trial in under_way}
-            return next((c for key, c in study.cells.items() if key not in self._done and key not in taken), None)
-        if isinstance(sampler, Tpe):
-            return None
-        running: dict[Place, list[Probe]] = {}
-        for trial in under_way:
-            if "cell" in trial.user_attrs:
-                cell = Cell.from_dict(trial.user_attrs["cell_spec"])
-                running.setdefault((cell.group, cell.seed), []).append(Probe(cell.lr, None))
-        interval = Interval(sampler.low, sampler.high, True, sampler.resolution, sampler.runs)
-        best: tuple[Urgency, Place, float] | None = None
-        for place in itertools.product(study.groups, study.seeds):
-            if place in running or place not in self._proposals:
-                probes = [*self._probes.get(place, {}).values(), *running.get(place, [])]
-                proposal = next_probe(interval, probes)
-                if place not in running:
-                    self._proposals[place] = proposal
-            else:
-                proposal = self._proposals[place]
-            if proposal.value is not None and (best is None or proposal.urgency < best[0]):
-                best = (proposal.urgency, place, proposal.value)
-        if best is None or best[0] >= Urgency.SPECULATIVE:
-            return None
-        _, (group, seed), lr = best
-        return group.cell(lr, seed)
+        study = self._study
+        taken = {self._place(_cell(t)) for t in under_way if self._search is None or "error" not in t.user_attrs}
+        if self._search is None:
+            return next((c for key, c in study.cells.items() if key not in self._done and c not in taken), None)
+        place = self._search.choose(p for p in itertools.product(study.groups, study.seeds) if p not in taken)
+        lr = None if place is None else self._search.next(place)
+        return None if place is None or lr is None else place[0].cell(lr, place[1])
 
-    def _twin(self, trial: Trial, cell: Cell) -> int | None:
-        """Number of a trial that has the better right to the same place."""
-        is_bisection = isinstance(self._study.sampler, Bisect)
-        for other in self._trials()[trial.user_attrs.get("known", 0) : trial.number]:
-            if other.state != TrialState.FAIL and "cell" in other.user_attrs:
-                theirs = Cell.from_dict(other.user_attrs["cell_spec"])
-                if theirs == cell or (is_bisection and (theirs.group, theirs.seed) == (cell.group, cell.seed)):
-                    return other.number
-        self._absorb()
-        return self._done.get(cell.key)
+    def _begin(self, cell: Cell | None) -> Claim | None:
+        """Adds the trial of a cell, whole from the start."""
+        if cell is None:
+            return None
+        attributes = {**_attributes(cell), "parent": self._parent}
+        template = create_trial(state=TrialState.RUNNING, **_params(cell), user_attrs=attributes)
+        study_id = self._backend.get_study_id_from_name(self._study.name)
+        return Claim(Trial(self._storage, self._backend.create_new_trial(study_id, template)), cell)
 
-    def _search(self, sampler: Tpe) -> Trial | None:
-        if sum(trial.state != TrialState.FAIL for trial in self._trials()) >= sampler.trials:
+    def _draw(self, sampler: Tpe) -> Claim | None:
+        if self._count() >= sampler.trials:
             return None
         trial = self._storage.ask()
-        before = [t for t in self._trials() if t.number < trial.number and t.state != TrialState.FAIL]
-        if len(before) >= sampler.trials:  # another parent has asked, too
+        if self._count(trial.number) >= sampler.trials:  # another parent has asked, too
             self._fail(trial.number)
-            return self._search(sampler)
+            return None
+        trial.set_user_attr("parent", self._parent)
         study = self._study
         arm = trial.suggest_categorical("arm", study.arms)
         factors = {}
         for name, values in study.factors.items():
             if study.arm(arm).concerned_by(study.setting_of(name)):
-                choice = trial.suggest_categorical(name, [_parameter(value) for value in values])
-                factors[name] = next(value for value in values if _parameter(value) == choice)
+                shown: dict[Any, Value] = {_parameter(value): value for value in values}
+                factors[name] = shown[trial.suggest_categorical(name, list(shown))]
         seed = study.seeds[trial.number % len(study.seeds)]  # in turns: the best seed is not worth a search
         lr = trial.suggest_float("lr", sampler.low, sampler.high, log=True)
-        for name, value in _attributes(Group(arm, tuple(sorted(factors.items()))).cell(lr, seed)).items():
+        cell = Group(arm, tuple(sorted(factors.items()))).cell(lr, seed)
+        for name, value in _attributes(cell).items():
             trial.set_user_attr(name, value)
-        return trial
+        return Claim(trial, cell)
 
-    def _params(self, cell: Cell) -> dict[str, Any]:
-        """What Optuna knows of a cell: learning rate and seed, whose ranges may grow; the rest is in attributes."""
-        distributions: dict[str, BaseDistribution] = {
-            "lr": FloatDistribution(min(1e-12, cell.lr), max(1e6, cell.lr), log=True),
-            "seed": IntDistribution(0, 2**32 - 1),
-        }
-        return {"params": {"lr": cell.lr, "seed": cell.seed}, "distributions": distributions}
+    def _count(self, before: int | None = None) -> int:
+        """How many trials have not failed, of those before a number."""
+        return sum(trial.state != TrialState.FAIL for trial in self._trials()[:before])
+
+
+def _cell(trial: FrozenTrial) -> Cell:
+    return Cell.from_dict(trial.user_attrs["cell_spec"])
+
+
+def _probe(trial: FrozenTrial, cell: Cell) -> Probe | None:
+    """A trial that is done or given up, in a bisection: it runs as long as its parent; None once it has failed."""
+    if trial.state == TrialState.FAIL:
+        return None
+    is_running = trial.state == TrialState.RUNNING
+    return Probe(cell.lr, None if is_running else max(trial.constraints.values(), default=-1.0) <= 0)
+
+
+def _params(cell: Cell) -> dict[str, Any]:
+    """What Optuna knows of a cell: learning rate and seed, whose ranges may grow; the rest is in attributes."""
+    distributions: dict[str, BaseDistribution] = {
+        "lr": FloatDistribution(min(1e-12, cell.lr), max(1e6, cell.lr), log=True),
+        "seed": IntDistribution(0, 2**32 - 1),
+    }
+    return {"params": {"lr": cell.lr, "seed": cell.seed}, "distributions": distributions}
 
 
 def _attributes(cell: Cell) -> dict[str, Any]:

@@ -655,18 +655,13 @@ class TestGrowth:
                 results(more, storage=str(tmp_path / JOURNAL))
             )
 
-    def test_a_cell_that_waits_but_is_no_longer_part_of_the_study_is_dropped(self, tmp_path):
+    def test_a_trial_that_waits_for_other_tools_holds_nothing_up(self, tmp_path):
         with opened(None, tmp_path) as (backend, alone):
-            killed = Ledger(study(), backend, alone=alone)
-            killed._storage.add_trial(
-                optuna.trial.create_trial(
-                    state=TrialState.WAITING,
-                    **killed._params(study().groups[0].cell(0.5, 0)),
-                    user_attrs={**ledger_module._attributes(study().groups[0].cell(0.5, 0)), "known": 0},
-                )
-            )
-            train_all(Ledger(study(), backend, alone=alone))
+            ledger = Ledger(study(), backend, alone=alone)
+            optuna.load_study(study_name="tiny", storage=backend).enqueue_trial({"lr": 0.5})
+            train_all(ledger)
             assert_each_cell_once(study(), backend)
+            train_all(Ledger(study(), backend, alone=alone))
 
     @pytest.mark.parametrize(
         "changed, message",
