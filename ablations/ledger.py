@@ -31,7 +31,7 @@ import optuna
 from optuna.distributions import BaseDistribution, FloatDistribution, IntDistribution
 from optuna.exceptions import UpdateFinishedTrialError
 from optuna.pruners import MedianPruner, NopPruner
-from optuna.samplers import RandomSampler, TPESampler
+from optuna.samplers import TPESampler
 from optuna.storages import BaseStorage
 from optuna.trial import FrozenTrial, Trial, TrialState, create_trial
 
@@ -46,7 +46,7 @@ GRACE = 60.0  # seconds without one after which a parent counts as dead
 
 _DONE = (TrialState.COMPLETE, TrialState.PRUNED)
 _MAY_CHANGE = ("arms", "factors.", "seeds", "variants.", "sampler.runs", "sampler.trials")
-"""Parts of a study that grow and shrink after its start; a search's own trials must stay comparable."""
+"""Parts of a study that grow and shrink after its start, variants as wholes; a search's trials must stay comparable."""
 _log = logging.getLogger(__name__)
 Place = tuple[Group, int]
 
@@ -82,16 +82,11 @@ def find(study: Study, backend: BaseStorage) -> optuna.Study:
 
 def changes_of(study: Study, started: Mapping[str, Any] | None) -> list[str]:
     """How a study differs from what it was when cells were trained, as far as that makes them others."""
-    return [] if started is None else [c for c in changes(started, _plain(study)) if not _may_be(c, study)]
-
-
-def _may_be(change: str, study: Study) -> bool:
-    """Whether a change leaves the cells that are done what they are."""
-    if isinstance(study.sampler, Tpe):
-        return change.startswith("sampler.trials:")
-    if change.startswith("variants."):
-        return change.count("nothing") == 1  # it is new, or no longer there
-    return change.startswith(_MAY_CHANGE)
+    may_change = ("sampler.trials",) if isinstance(study.sampler, Tpe) else _MAY_CHANGE
+    changed = [] if started is None else changes(started, _plain(study))
+    return [
+        c for c in changed if not c.startswith(may_change) or (c.startswith("variants.") and c.count("nothing") != 1)
+    ]
 
 
 def exists(study: Study, backend: BaseStorage) -> bool:
@@ -117,27 +112,26 @@ class Ledger:
     def __init__(self, study: Study, backend: BaseStorage, *, alone: bool) -> None:
         self._study = study
         self._backend = backend
+        self._alone = alone
         self._storage = optuna.create_study(study_name=study.name, storage=backend, load_if_exists=True)
         find(study, backend)
         if self._storage.user_attrs.get("fingerprint") != _plain(study):
             self._storage.set_user_attr("fingerprint", _plain(study))
-        self._alone = alone
         self._parent = f"{socket.gethostname()}-{os.getpid()}-{uuid.uuid4().hex[:8]}"
         self._beats = 0
         self._last_beat = -math.inf
-        self._seen: dict[str, tuple[int | None, float]] = {}
+        self._seen: dict[str, tuple[int | None, float]] = {}  # by parent: its counter, and since when
         self._claims: dict[int, Claim] = {}
         self._given_up: dict[int, Claim] = {}
         self._done: set[str] = set()  # keys of cells
         self._settled = 0  # trials below this number are finished
-        sampler = study.sampler
         self._search: Search[Place] | None = None
-        self._storage.sampler = RandomSampler(seed=0)  # which is not asked
+        sampler = study.sampler
         if isinstance(sampler, Bisect):
             self._search = Search(Interval(sampler.low, sampler.high, True, sampler.resolution, sampler.runs))
-        elif isinstance(sampler, Tpe):
-            # A parent that resumes or joins must not draw again what was drawn before.
-            self._storage.sampler = TPESampler(seed=sampler.seed + len(self._trials()), constant_liar=True)
+        # A parent that resumes or joins must not draw again what was drawn before. Only `Tpe` asks.
+        seed = getattr(sampler, "seed", 0) + len(self._trials())
+        self._storage.sampler = TPESampler(seed=seed, constant_liar=True)
         self._storage.pruner = MedianPruner(n_warmup_steps=study.steps // 5) if study.prune else NopPruner()
 
     @property
@@ -167,21 +161,26 @@ class Ledger:
         self._storage.set_user_attr(f"parent:{self._parent}", self._beats)
         beats = self._storage.user_attrs
         for trial in self._trials(TrialState.RUNNING):
-            ours = trial.number in self._claims or trial.number in self._given_up
-            if not ours and not self._may_live(trial, beats):
+            if trial.number in self._claims or trial.number in self._given_up:
+                continue
+            parent = f"parent:{trial.user_attrs.get('parent', trial.number)}"  # one that has not said yet who it is
+            beat = beats.get(parent)
+            last, since = self._seen.get(parent, (None, now))
+            self._seen[parent] = (beat, since if beat == last else now)
+            if self._alone or now - self._seen[parent][1] >= GRACE:
                 self._fail(trial.number)
                 _log.warning("trial %d was left behind by a parent that is gone; it is trained again", trial.number)
 
     def claim(self) -> Claim | None:
         """A cell to train; None if there is none now."""
-        sampler = self._study.sampler
-        known = 0 if isinstance(sampler, Tpe) else len(self._trials())
-        claim = self._draw(sampler) if isinstance(sampler, Tpe) else self._begin(self._choose(self._absorb()))
+        is_search = isinstance(self._study.sampler, Tpe)
+        known = 0 if is_search else len(self._trials())
+        claim = self._draw() if is_search else self._begin()
         if claim is None:
             return None
         place = self._place(claim.cell)
         for other in self._trials()[known : claim.trial.number]:  # of other parents, at the same moment
-            if other.state != TrialState.FAIL and "cell" in other.user_attrs and self._place(_cell(other)) == place:
+            if other.state != TrialState.FAIL and "cell" in other.user_attrs and self._place(cell_of(other)) == place:
                 claim.trial.set_user_attr("duplicate", other.number)
                 self._fail(claim.trial.number)
                 return self.claim()
@@ -192,14 +191,10 @@ class Ledger:
         """Writes down what a cell gave that was trained by itself, unless it is known."""
         self._absorb()
         if cell.key not in self._done:
-            self._storage.add_trial(
-                create_trial(
-                    value=_value(outcome),
-                    constraints={"unstable": -1.0 if self._study.stability.is_stable(outcome) else 1.0},
-                    **_params(cell),
-                    user_attrs={**_attributes(cell), "parent": "by itself", "outcome": outcome.as_dict()},
-                )
-            )
+            attributes = {**_attributes(cell), "parent": "by itself", "outcome": outcome.as_dict()}
+            constraints = {"unstable": self._excess(outcome)}
+            trial = create_trial(value=_value(outcome), constraints=constraints, **_params(cell), user_attrs=attributes)
+            self._storage.add_trial(trial)
 
     def is_finished(self) -> bool:
         """Whether, when there is nothing to claim, nobody trains a cell that might have to be trained again."""
@@ -222,9 +217,8 @@ class Ledger:
             if outcome is None:
                 self._storage.tell(claim.trial, state=TrialState.PRUNED, skip_if_finished=True)
             else:
-                stable = self._study.stability.is_stable(outcome)
                 claim.trial.set_user_attr("outcome", outcome.as_dict())
-                claim.trial.set_constraint("unstable", -1.0 if stable else 1.0)
+                claim.trial.set_constraint("unstable", self._excess(outcome))
                 self._storage.tell(claim.trial, _value(outcome), skip_if_finished=True)
         del self._claims[claim.trial.number]
 
@@ -250,11 +244,15 @@ class Ledger:
             if trial.state == TrialState.RUNNING:
                 under_way.append(trial)
             is_new = trial.state in _DONE and trial.user_attrs["cell"] not in self._done
-            if (is_new or "error" in trial.user_attrs) and self._study.holds(cell := _cell(trial)):
+            if (is_new or "error" in trial.user_attrs) and self._study.holds(cell := cell_of(trial)):
                 if is_new:
                     self._done.add(cell.key)
-                if self._search is not None:
-                    self._search.put((cell.group, cell.seed), trial.number, _probe(trial, cell))
+                if self._search is not None:  # one that is given up runs as long as its parent
+                    stable = (
+                        None if trial.state == TrialState.RUNNING else max(trial.constraints.values(), default=0) <= 0
+                    )
+                    probe = None if trial.state == TrialState.FAIL else Probe(cell.lr, stable)
+                    self._search.put((cell.group, cell.seed), trial.number, probe)
         while self._settled < len(trials) and trials[self._settled].state.is_finished():
             self._settled += 1
         return under_way
@@ -268,15 +266,9 @@ class Ledger:
         with suppress(UpdateFinishedTrialError):  # by another parent, at the same moment
             self._storage.tell(number, value, state=state, skip_if_finished=True)
 
-    def _may_live(self, trial: FrozenTrial, beats: Mapping[str, Any]) -> bool:
-        """Whether the parent of a running trial may be alive. One that has not said yet who it is has one beat."""
-        if self._alone:
-            return False
-        parent = f"parent:{trial.user_attrs.get('parent', trial.number)}"
-        beat, now = beats.get(parent), time.monotonic()
-        last, since = self._seen.get(parent, (None, now))
-        self._seen[parent] = (beat, since if beat == last else now)
-        return beat != last or now - since < GRACE
+    def _excess(self, outcome: Outcome) -> float:
+        """The constraint: at most zero for a stable run."""
+        return -1.0 if self._study.stability.is_stable(outcome) else 1.0
 
     def _place(self, cell: Cell) -> Cell | Place:
         """What one trial has at a time: a cell or, in a bisection, a group and seed."""
@@ -285,15 +277,16 @@ class Ledger:
     def _choose(self, under_way: Sequence[FrozenTrial]) -> Cell | None:
         """The next cell of a grid or bisection."""
         study = self._study
-        taken = {self._place(_cell(t)) for t in under_way if self._search is None or "error" not in t.user_attrs}
+        taken = {self._place(cell_of(t)) for t in under_way if self._search is None or "error" not in t.user_attrs}
         if self._search is None:
             return next((c for key, c in study.cells.items() if key not in self._done and c not in taken), None)
         place = self._search.choose(p for p in itertools.product(study.groups, study.seeds) if p not in taken)
         lr = None if place is None else self._search.next(place)
         return None if place is None or lr is None else place[0].cell(lr, place[1])
 
-    def _begin(self, cell: Cell | None) -> Claim | None:
-        """Adds the trial of a cell, whole from the start."""
+    def _begin(self) -> Claim | None:
+        """The next cell of a grid or bisection, with a trial that is whole from the start."""
+        cell = self._choose(self._absorb())
         if cell is None:
             return None
         attributes = {**_attributes(cell), "parent": self._parent}
@@ -301,7 +294,10 @@ class Ledger:
         study_id = self._backend.get_study_id_from_name(self._study.name)
         return Claim(Trial(self._storage, self._backend.create_new_trial(study_id, template)), cell)
 
-    def _draw(self, sampler: Tpe) -> Claim | None:
+    def _draw(self) -> Claim | None:
+        """What a search asks for, with its trial."""
+        study, sampler = self._study, self._study.sampler
+        assert isinstance(sampler, Tpe)
         if self._count() >= sampler.trials:
             return None
         trial = self._storage.ask()
@@ -309,12 +305,11 @@ class Ledger:
             self._fail(trial.number)
             return None
         trial.set_user_attr("parent", self._parent)
-        study = self._study
         arm = trial.suggest_categorical("arm", study.arms)
         factors = {}
         for name, values in study.factors.items():
             if study.arm(arm).concerned_by(study.setting_of(name)):
-                shown: dict[Any, Value] = {_parameter(value): value for value in values}
+                shown: dict[Any, Value] = {show(v) if isinstance(v, tuple) else v: v for v in values}
                 factors[name] = shown[trial.suggest_categorical(name, list(shown))]
         seed = study.seeds[trial.number % len(study.seeds)]  # in turns: the best seed is not worth a search
         lr = trial.suggest_float("lr", sampler.low, sampler.high, log=True)
@@ -328,16 +323,9 @@ class Ledger:
         return sum(trial.state != TrialState.FAIL for trial in self._trials()[:before])
 
 
-def _cell(trial: FrozenTrial) -> Cell:
+def cell_of(trial: FrozenTrial) -> Cell:
+    """What a trial trains."""
     return Cell.from_dict(trial.user_attrs["cell_spec"])
-
-
-def _probe(trial: FrozenTrial, cell: Cell) -> Probe | None:
-    """A trial that is done or given up, in a bisection: it runs as long as its parent; None once it has failed."""
-    if trial.state == TrialState.FAIL:
-        return None
-    is_running = trial.state == TrialState.RUNNING
-    return Probe(cell.lr, None if is_running else max(trial.constraints.values(), default=-1.0) <= 0)
 
 
 def _params(cell: Cell) -> dict[str, Any]:
@@ -371,12 +359,6 @@ def _value(outcome: Outcome) -> float:
     return 2 * outcome.initial_loss if math.isfinite(outcome.initial_loss) else sys.float_info.max
 
 
-def _parameter(value: Value) -> str | int | float | bool:
-    """A factor's value in a form that Optuna's distributions take."""
-    return show(value) if isinstance(value, tuple) else value
-
-
-def _plain(study: Study) -> dict[str, Any]:
+def _plain(study: Study) -> Any:
     """The fingerprint as it comes back from a storage."""
-    plain: dict[str, Any] = json.loads(json.dumps(study.fingerprint()))
-    return plain
+    return json.loads(json.dumps(study.fingerprint()))

@@ -193,17 +193,14 @@ class FrontierSampler(BaseSampler):
 
     A trial is feasible if all of its constraints are at most zero. Every trial must have one:
 
-        sampler = FrontierSampler({"period": [10, 100], "seed": [0, 1, 2]}, "lr", low=1e-3, high=1.0)
-
         def objective(trial):
             period = trial.suggest_categorical("period", [10, 100])
-            seed = trial.suggest_int("seed", 0, 2)
             lr = trial.suggest_float("lr", 1e-3, 1.0, log=True)
-            loss, diverged = train(period, seed, lr)
+            loss, diverged = train(period, lr)
             trial.set_constraint("unstable", 1.0 if diverged else -1.0)
             return loss
 
-        study = optuna.create_study(sampler=sampler)
+        study = optuna.create_study(sampler=FrontierSampler({"period": [10, 100]}, "lr", low=1e-3, high=1.0))
         study.optimize(objective)
         frontier_of(study)
 
@@ -348,17 +345,13 @@ class FrontierSampler(BaseSampler):
         if not values.keys() >= {self._param, *self._space}:
             return
         cell = tuple(values[name] for name in self._space)
-        if trial.constraints:
-            self._search.put(cell, trial.number, Probe(values[self._param], _is_feasible(trial)))
-        elif not state.is_finished():
-            self._search.put(cell, trial.number, Probe(values[self._param], None))
-        else:
-            self._search.put(cell, trial.number, None)
-            if self._param in trial.params:
-                self._failures[cell].add(trial.number)
-            elif state != TrialState.FAIL:
-                self._given_up.add(cell)
-            if len(self._failures[cell]) >= self._interval.runs:
+        is_lost = state.is_finished() and not trial.constraints
+        stable = _is_feasible(trial) if trial.constraints else None
+        self._search.put(cell, trial.number, None if is_lost else Probe(values[self._param], stable))
+        is_ruled_out = self._param not in trial.params
+        if is_lost and not (is_ruled_out and state == TrialState.FAIL):
+            self._failures[cell].add(trial.number)
+            if is_ruled_out or len(self._failures[cell]) >= self._interval.runs:
                 self._given_up.add(cell)
 
 

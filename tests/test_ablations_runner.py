@@ -740,7 +740,7 @@ def test_machines_that_do_not_say_which_cores_a_process_may_use(monkeypatch):
 
 def test_bad_numbers_are_refused(tmp_path):
     for arguments, message in (
-        ({"workers": 0}, "workers must be a positive integer, got 0"),
+        ({"workers": 0}, "workers must be positive, got 0"),
         ({"time_limit": 0.0}, "time_limit must be positive, got 0.0"),
     ):
         with pytest.raises(ValueError, match=message):
