@@ -15,17 +15,19 @@ import time
 import traceback
 from collections.abc import Iterator, Sequence
 from contextlib import suppress
-from functools import partial
+from dataclasses import dataclass
 from multiprocessing import connection, resource_tracker
 from pathlib import Path
-from typing import Any, Literal, NamedTuple
+from typing import Any, NamedTuple
 
 from msign_lightning.ablations.cell import Cell, Outcome
 from msign_lightning.ablations.reader import StudyError
+from msign_lightning.ablations.storage import StorageError
 from msign_lightning.ablations.study import Study
 
 BEAT = 2.0  # seconds between two signs of life of a worker
 SILENCE = 180.0  # seconds without one after which a worker counts as hung; a cold start of PyTorch may take one minute
+_log = logging.getLogger(__name__)
 _NO_SPACE = {errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EFBIG}
 
 
@@ -49,25 +51,18 @@ class Crashed(NamedTuple):
     """
 
     error: str
-    fatal: Literal["disk", "study"] | None = None
+    fatal: type[StorageError | StudyError] | None = None
 
 
 Message = Progress | Finished | Crashed
 
 
 class Worker:
-    """One spawned process, with one GPU where there are any.
+    """One spawned process, with one GPU where there are any."""
 
-    Attributes:
-        name: For people.
-        handles: What `multiprocessing.connection.wait` waits for: a message, or the worker's death.
-        silent: Seconds without a sign of life.
-        started: When it was given its task.
-    """
-
-    name: str
-    handles: Sequence[Any]
-    silent = started = 0.0
+    name: str  # for people
+    handles: Sequence[Any]  # what becomes ready with a message, or when the worker dies
+    silent = started = 0.0  # for how long, and since when it has its task
 
     def __init__(self, study: Study, folder: Path, gpu: str | None, legs: int = 1) -> None:
         context = multiprocessing.get_context("spawn")
@@ -113,35 +108,32 @@ class Worker:
         self._process.close()
 
 
+@dataclass
 class Pool:
-    """So many workers, started when they are needed, replaced when they fail.
+    """Workers of a study, started when they are needed, replaced when they fail.
 
-    Args:
-        study: The study whose cells are to be trained.
+    Attributes:
         folder: Where the cells' logs go.
         workers: How many cells may be trained at once.
         gpus: Names of the GPUs, as in CUDA_VISIBLE_DEVICES; dealt out in turns.
         time_limit: Seconds that a cell may take; None for no limit.
         legs: As of `run_cell`.
+        retries: How often a task is tried again that has crashed, unless that was fatal.
         launcher: `Worker`, or a class with its interface.
     """
 
-    def __init__(
-        self,
-        study: Study,
-        folder: Path,
-        workers: int,
-        gpus: Sequence[str] = (),
-        time_limit: float | None = None,
-        legs: int = 1,
-        launcher: type[Worker] = Worker,
-    ) -> None:
-        self._launch = partial(launcher, study, folder, legs=legs)
-        self._gpus: Sequence[str | None] = gpus or [None]
-        self._time_limit = time_limit
-        self._places = range(workers)
+    study: Study
+    folder: Path
+    workers: int
+    gpus: Sequence[str] = ()
+    time_limit: float | None = None
+    legs: int = 1
+    retries: int = 0
+    launcher: type[Worker] = Worker
+
+    def __post_init__(self) -> None:
         self._workers: dict[int, Worker] = {}  # by place
-        self._busy: set[int] = set()
+        self._tasks: dict[int, tuple[Cell | None, int]] = {}  # by place, and how often they have crashed
 
     def __enter__(self) -> Pool:
         return self
@@ -153,25 +145,24 @@ class Pool:
     @property
     def busy(self) -> int:
         """How many workers have something to do."""
-        return len(self._busy)
+        return len(self._tasks)
 
     @property
     def idle(self) -> list[int]:
-        """Places where a cell may be started, those whose worker is there first."""
-        places = (place for place in self._places if place not in self._busy)
-        return sorted(places, key=lambda place: place not in self._workers)
+        """Places where a cell may be started."""
+        return [place for place in range(self.workers) if place not in self._tasks]
 
     def warm_up(self) -> None:
         """Starts all workers, so that they import what they need side by side."""
-        for place in self._places:
+        for place in range(self.workers):
             self._worker(place)
 
-    def start(self, place: int, task: Cell | None) -> None:
+    def start(self, place: int, task: Cell | None, crashes: int = 0) -> None:
         """Lets the worker at a place train a cell, or check the recipe."""
         worker = self._worker(place)
         worker.send(task)
         worker.silent, worker.started = 0.0, time.monotonic()
-        self._busy.add(place)
+        self._tasks[place] = task, crashes
 
     def answer(self, place: int, prune: bool) -> None:
         """Answers a report of a study that prunes."""
@@ -179,7 +170,7 @@ class Pool:
 
     def wait(self, seconds: float) -> Iterator[tuple[int, Message]]:
         """What the busy workers say, after `seconds` at the latest."""
-        workers = {place: self._workers[place] for place in self._busy}
+        workers = {place: self._workers[place] for place in self._tasks}
         began = time.monotonic()
         ready = connection.wait([handle for worker in workers.values() for handle in worker.handles], seconds)
         awake = min(time.monotonic() - began, 2 * seconds)  # if this process was stopped, so were the workers, perhaps
@@ -191,22 +182,28 @@ class Pool:
                 worker.silent += awake
                 message = self._hung(worker)
             if isinstance(message, (Crashed, Finished)):
-                self._busy.discard(place)
+                task, crashes = self._tasks.pop(place)
             if isinstance(message, Crashed):
                 self._workers.pop(place).kill()
+                if message.fatal is None and crashes < self.retries:
+                    name = task.label if task else "the start"
+                    _log.warning("%s is tried again: %s", name, message.error.strip().splitlines()[-1])
+                    self.start(place, task, crashes + 1)
+                    continue
             if message is not None:
                 yield place, message
 
     def _hung(self, worker: Worker) -> Crashed | None:
         if worker.silent > SILENCE:
             return Crashed(f"{worker.name} gave no sign of life for {SILENCE:g} s")
-        if self._time_limit is not None and time.monotonic() - worker.started > self._time_limit:
-            return Crashed(f"{worker.name} took longer than the time limit of {self._time_limit:g} s")
+        if self.time_limit is not None and time.monotonic() - worker.started > self.time_limit:
+            return Crashed(f"{worker.name} took longer than the time limit of {self.time_limit:g} s")
         return None
 
     def _worker(self, place: int) -> Worker:
         if place not in self._workers:
-            self._workers[place] = self._launch(gpu=self._gpus[place % len(self._gpus)])
+            gpu = self.gpus[place % len(self.gpus)] if self.gpus else None
+            self._workers[place] = self.launcher(self.study, self.folder, gpu, self.legs)
         return self._workers[place]
 
 
@@ -245,9 +242,9 @@ def attend(pipe: Any, study: Study, folder: Path, gpu: str | None, legs: int) ->
     except Exception as error:
         crashed = Crashed(traceback.format_exc())
         if (no_space := _find_no_space(error)) is not None:
-            crashed = Crashed(str(no_space), "disk")
+            crashed = Crashed(f"folder {folder} can't be written to: {no_space}", StorageError)
         elif isinstance(error, StudyError):
-            crashed = Crashed(str(error), "study")
+            crashed = Crashed(str(error), StudyError)
         with suppress(OSError):
             send(crashed)
 

@@ -22,7 +22,7 @@ import socket
 import sys
 import time
 import uuid
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from typing import Any
@@ -53,11 +53,10 @@ Place = tuple[Group, int]
 
 @dataclass
 class Claim:
-    """A cell that this parent trains, with its trial, how often that failed, and the last step reported."""
+    """A cell that this parent trains, with its trial and the last step reported."""
 
     trial: Trial
     cell: Cell
-    failures: int = 0
     last_step: int = -1
 
 
@@ -125,10 +124,10 @@ class Ledger:
         self._given_up: dict[int, Claim] = {}
         self._done: set[str] = set()  # keys of cells
         self._settled = 0  # trials below this number are finished
-        self._search: Search[Place] | None = None
-        sampler = study.sampler
+        sampler, interval = study.sampler, Interval(1, 10, runs=1)  # one run per cell, whatever its learning rate
         if isinstance(sampler, Bisect):
-            self._search = Search(Interval(sampler.low, sampler.high, True, sampler.resolution, sampler.runs))
+            interval = Interval(sampler.low, sampler.high, True, sampler.resolution, sampler.runs)
+        self._search: Search[Cell | Place] = Search(interval)
         # A parent that resumes or joins must not draw again what was drawn before. Only `Tpe` asks.
         seed = getattr(sampler, "seed", 0) + len(self._trials())
         self._storage.sampler = TPESampler(seed=seed, constant_liar=True)
@@ -191,10 +190,9 @@ class Ledger:
         """Writes down what a cell gave that was trained by itself, unless it is known."""
         self._absorb()
         if cell.key not in self._done:
-            attributes = {**_attributes(cell), "parent": "by itself", "outcome": outcome.as_dict()}
-            constraints = {"unstable": self._excess(outcome)}
-            trial = create_trial(value=_value(outcome), constraints=constraints, **_params(cell), user_attrs=attributes)
-            self._storage.add_trial(trial)
+            attributes = {"parent": "by itself", "outcome": outcome.as_dict()}
+            rest = {"value": _value(outcome), "constraints": {"unstable": self._excess(outcome)}}
+            self._storage.add_trial(_trial(cell, TrialState.COMPLETE, attributes, **rest))
 
     def is_finished(self) -> bool:
         """Whether, when there is nothing to claim, nobody trains a cell that might have to be trained again."""
@@ -247,12 +245,10 @@ class Ledger:
             if (is_new or "error" in trial.user_attrs) and self._study.holds(cell := cell_of(trial)):
                 if is_new:
                     self._done.add(cell.key)
-                if self._search is not None:  # one that is given up runs as long as its parent
-                    stable = (
-                        None if trial.state == TrialState.RUNNING else max(trial.constraints.values(), default=0) <= 0
-                    )
-                    probe = None if trial.state == TrialState.FAIL else Probe(cell.lr, stable)
-                    self._search.put((cell.group, cell.seed), trial.number, probe)
+                # One that is given up runs as long as its parent.
+                stable = None if trial.state == TrialState.RUNNING else max(trial.constraints.values(), default=0) <= 0
+                probe = None if trial.state == TrialState.FAIL else Probe(cell.lr, stable)
+                self._search.put(self._place(cell), trial.number, probe)
         while self._settled < len(trials) and trials[self._settled].state.is_finished():
             self._settled += 1
         return under_way
@@ -272,25 +268,28 @@ class Ledger:
 
     def _place(self, cell: Cell) -> Cell | Place:
         """What one trial has at a time: a cell or, in a bisection, a group and seed."""
-        return cell if self._search is None else (cell.group, cell.seed)
+        return (cell.group, cell.seed) if isinstance(self._study.sampler, Bisect) else cell
 
     def _choose(self, under_way: Sequence[FrozenTrial]) -> Cell | None:
         """The next cell of a grid or bisection."""
         study = self._study
-        taken = {self._place(cell_of(t)) for t in under_way if self._search is None or "error" not in t.user_attrs}
-        if self._search is None:
-            return next((c for key, c in study.cells.items() if key not in self._done and c not in taken), None)
-        place = self._search.choose(p for p in itertools.product(study.groups, study.seeds) if p not in taken)
-        lr = None if place is None else self._search.next(place)
-        return None if place is None or lr is None else place[0].cell(lr, place[1])
+        taken = {self._place(cell_of(trial)) for trial in under_way if "error" not in trial.user_attrs}
+        places: Iterable[Cell | Place] = study.cells.values()
+        if isinstance(study.sampler, Bisect):
+            places = itertools.product(study.groups, study.seeds)
+        place = self._search.choose(place for place in places if place not in taken)
+        if place is None or isinstance(place, Cell):
+            return place
+        lr = self._search.next(place)
+        assert lr is not None  # or it would not have been chosen
+        return place[0].cell(lr, place[1])
 
     def _begin(self) -> Claim | None:
         """The next cell of a grid or bisection, with a trial that is whole from the start."""
         cell = self._choose(self._absorb())
         if cell is None:
             return None
-        attributes = {**_attributes(cell), "parent": self._parent}
-        template = create_trial(state=TrialState.RUNNING, **_params(cell), user_attrs=attributes)
+        template = _trial(cell, TrialState.RUNNING, {"parent": self._parent})
         study_id = self._backend.get_study_id_from_name(self._study.name)
         return Claim(Trial(self._storage, self._backend.create_new_trial(study_id, template)), cell)
 
@@ -328,13 +327,15 @@ def cell_of(trial: FrozenTrial) -> Cell:
     return Cell.from_dict(trial.user_attrs["cell_spec"])
 
 
-def _params(cell: Cell) -> dict[str, Any]:
-    """What Optuna knows of a cell: learning rate and seed, whose ranges may grow; the rest is in attributes."""
+def _trial(cell: Cell, state: TrialState, attributes: Mapping[str, Any], **rest: Any) -> FrozenTrial:
+    """The trial of a cell: its learning rate and seed, in ranges that may grow, and in attributes all of it."""
     distributions: dict[str, BaseDistribution] = {
         "lr": FloatDistribution(min(1e-12, cell.lr), max(1e6, cell.lr), log=True),
         "seed": IntDistribution(0, 2**32 - 1),
     }
-    return {"params": {"lr": cell.lr, "seed": cell.seed}, "distributions": distributions}
+    params = {"lr": cell.lr, "seed": cell.seed}
+    attributes = {**_attributes(cell), **attributes}
+    return create_trial(state=state, params=params, distributions=distributions, user_attrs=attributes, **rest)
 
 
 def _attributes(cell: Cell) -> dict[str, Any]:

@@ -75,7 +75,7 @@ def run(
         StorageError: The storage or the folder can't be used, or no longer. What was finished is kept.
         KeyboardInterrupt: It was interrupted or terminated. What was finished is kept, what was not is trained again.
     """
-    gpus = _gpus() if _may_use_gpu(study) else []
+    gpus = _gpus(study)
     worker: type[Worker] = Worker
     if launcher == "ray":
         need("ray", "ray")
@@ -92,7 +92,7 @@ def run(
     with opened(storage, place) as (backend, alone), _interrupts_held() as check_interrupt:
         exists(study, backend)
         try:
-            with Pool(study, place, workers, gpus, time_limit, legs, worker) as pool:
+            with Pool(study, place, workers, gpus, time_limit, legs, RETRIES, worker) as pool:
                 _log.info("study %s: %d workers start, which takes some seconds", study.name, workers)
                 _check_program(study, pool, check_interrupt)
                 ledger = Ledger(study, backend, alone=alone)
@@ -110,11 +110,7 @@ def run(
 def run_alone(study: Study, key: str, *, folder: Path = FOLDER, legs: int = 1) -> Outcome:
     """Trains one cell of a grid in this process and writes its outcome to its folder, for `run` and `results` to find.
 
-    Args:
-        study: The cell's study.
-        key: The cell's key, or its number among the study's cells, counted from 0, as job arrays do.
-        folder: As of `run`.
-        legs: As of `run`.
+    Its key may be its number among the study's cells instead, counted from 0, as job arrays do.
 
     Raises:
         StudyError: The study has no such cell, or does not fit its program.
@@ -205,21 +201,15 @@ def _check_program(study: Study, pool: Pool, check_interrupt: Callable[[], None]
     """Lets one worker build the program of every arm, while the others import what they need."""
     pool.start(0, None)
     pool.warm_up()
-    failures = 0
     while pool.busy:
         check_interrupt()
         for _, message in pool.wait(1.0):
             if isinstance(message, Crashed):
-                failures += 1
-                if message.fatal is not None or failures > RETRIES:
-                    raise StudyError(f"program {study.program} fails at start: {message.error}")
-                _log.warning("the start is tried again: %s", message.error.strip().splitlines()[-1])
-                pool.start(0, None)
+                raise StudyError(f"program {study.program} fails at start: {message.error}")
 
 
 def _train(ledger: Ledger, pool: Pool, check_interrupt: Callable[[], None], study: Study) -> None:
     claims: dict[int, Claim] = {}
-    again: list[Claim] = []
     with (
         logging_redirect_tqdm(),
         tqdm(total=ledger.total, desc=study.name, unit="cell", disable=None, initial=ledger.done) as bar,
@@ -227,8 +217,7 @@ def _train(ledger: Ledger, pool: Pool, check_interrupt: Callable[[], None], stud
         while True:
             ledger.keep_up()
             for place in pool.idle:
-                claim = again.pop() if again else ledger.claim()
-                if claim is None:
+                if (claim := ledger.claim()) is None:
                     break
                 claims[place] = claim
                 pool.start(place, claim.cell)
@@ -247,17 +236,10 @@ def _train(ledger: Ledger, pool: Pool, check_interrupt: Callable[[], None], stud
                         bar.n = ledger.done
                         _log.info("%s: %s", claim.cell.label, _describe(outcome))
                     case Crashed(error, fatal):
-                        if fatal == "disk":
-                            raise StorageError(f"the folder of study {study.name} can't be written to: {error}")
-                        if fatal == "study":
-                            raise StudyError(error)
-                        claim.failures += 1
-                        if claim.failures <= RETRIES:
-                            again.append(claim)
-                            _log.warning("%s is tried again: %s", claim.cell.label, error.strip().splitlines()[-1])
-                        else:
-                            ledger.give_up(claim, error)
-                            _log.error("%s is given up: %s", claim.cell.label, error)
+                        if fatal is not None:
+                            raise fatal(error)
+                        ledger.give_up(claim, error)
+                        _log.error("%s is given up: %s", claim.cell.label, error)
             check_interrupt()
 
 
@@ -278,19 +260,17 @@ def _check_writable(folder: Path) -> None:
         raise StorageError(f"folder {folder} must be one that can be written to: {error.strerror}") from error
 
 
-def _may_use_gpu(study: Study) -> bool:
-    trainer = (study.fingerprint()["program"]["file"] or {}).get("trainer") or {}
-    usual = trainer.get("accelerator") if isinstance(trainer, dict) else None
-    return bool(study.settings.get("trainer.accelerator", usual) != "cpu")
-
-
 def cores() -> int:
     """How many cores this process may use."""
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
-def _gpus() -> list[str]:
-    """Names of the GPUs that CUDA may use, found without starting it in this process."""
+def _gpus(study: Study) -> list[str]:
+    """Names of the GPUs that a study may use, found without starting CUDA in this process."""
+    trainer = (study.fingerprint()["program"]["file"] or {}).get("trainer") or {}
+    usual = trainer.get("accelerator") if isinstance(trainer, dict) else None
+    if study.settings.get("trainer.accelerator", usual) == "cpu":
+        return []
     visible = os.environ.get("CUDA_VISIBLE_DEVICES")
     if visible is not None:
         return [name.strip() for name in visible.split(",") if name.strip() not in ("", "-1")]

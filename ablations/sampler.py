@@ -34,11 +34,6 @@ class Interval(NamedTuple):
     resolution: float = 0.1
     runs: int = 6
 
-    @property
-    def width(self) -> float:
-        """From `low` to `high`, in units of the resolution."""
-        return self.units(self.high)
-
     def units(self, value: float) -> float:
         """How far a value is above `low`, in units of the resolution."""
         distance = math.log10(value / self.low) if self.log else value - self.low
@@ -91,7 +86,7 @@ def next_probe(interval: Interval, probes: Collection[Probe]) -> float | None:
     """
     if len(probes) >= interval.runs:
         return None
-    width = interval.width
+    width = interval.units(interval.high)
     low, high = bracket((interval.units(value), stable) for value, stable in probes if stable is not None)
     low, high = max(low, -1.0), min(high, width + 1)  # one unit more at both ends, for boundaries beyond them
     tried = sorted([0, *(min(max(interval.units(value), 0), width) for value, _ in probes), width])
@@ -116,7 +111,6 @@ class Search(Generic[K]):
         self._probes: defaultdict[K, dict[int, Probe]] = defaultdict(dict)
         self._next: dict[K, float | None] = {}  # of the cells that have begun
         self._is_busy: dict[K, bool] = {}
-        self._first = next_probe(interval, [])
 
     def put(self, cell: K, number: int, probe: Probe | None) -> None:
         """Takes in the trial of this number, whatever it was before; None if it has said nothing."""
@@ -130,7 +124,7 @@ class Search(Generic[K]):
 
     def next(self, cell: K) -> float | None:
         """The value to run next in a cell."""
-        return self._next.get(cell, self._first)
+        return self._next[cell] if cell in self._next else next_probe(self._interval, [])
 
     def choose(self, cells: Iterable[K]) -> K | None:
         """The first cell that needs a run: rather one in which none runs, and rather one that has begun."""
@@ -242,7 +236,7 @@ class FrontierSampler(BaseSampler):
             raise ValueError(f"runs must be at least 1, got {runs}")
         self._distribution = FloatDistribution(low, high, log=log)
         self._interval = Interval(low, high, log, resolution, runs)
-        if not (resolution > 0 and self._interval.width >= 1):
+        if not (resolution > 0 and self._interval.units(high) >= 1):
             raise ValueError(f"resolution must be positive and at most the interval of {param}, got {resolution}")
         self._space = {name: list(values) for name, values in search_space.items()}
         self._cells = list(itertools.product(*self._space.values()))

@@ -33,8 +33,7 @@ def opened(storage: str | None, folder: Path) -> Iterator[tuple[BaseStorage, boo
     last line that a killed process or a full disk left unfinished is cut off.
 
     Args:
-        storage: The path of a journal, the URL of a database (postgresql+psycopg://…), or None for a journal in the
-            folder.
+        storage: Path of a journal, URL of a database (postgresql+psycopg://…), or None for a journal in the folder.
         folder: The folder of the study's files.
 
     Yields:

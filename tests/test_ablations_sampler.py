@@ -43,7 +43,7 @@ def log_bracket(probes):
 
 def is_resolved(probes, interval=DECADES):
     low, high = bracket((interval.units(probe.value), probe.stable) for probe in probes)
-    return high - low <= 1.0001 or low >= interval.width - 1e-6 or high <= 1e-6
+    return high - low <= 1.0001 or low >= interval.units(interval.high) - 1e-6 or high <= 1e-6
 
 
 @given(theta=st.floats(-3.3, 0.3), extra=st.lists(st.floats(-3.0, 0.0), max_size=2))
