@@ -292,7 +292,7 @@ class FrontierSampler(BaseSampler):
             rule = "trials must say by set_constraint whether they are stable"
             raise ValueError(f"{rule}, got none in {trial.number}")
         self._take(trial, state)
-        if self.is_exhausted(study):
+        if self._is_exhausted(study):
             with suppress(RuntimeError):  # ask and tell, which has no loop to stop
                 study.stop()
 
@@ -302,6 +302,9 @@ class FrontierSampler(BaseSampler):
         What still runs may change that: it may fail, or show that a cell is not monotone.
         """
         self._update(study)
+        return self._is_exhausted(study)
+
+    def _is_exhausted(self, study: Study) -> bool:
         nothing_left = self._search.choose(self._cells_of(_fixed(study))) is None
         return nothing_left and not study.get_trials(deepcopy=False, states=(TrialState.WAITING,))
 
@@ -327,14 +330,14 @@ class FrontierSampler(BaseSampler):
         for trial in trials[self._settled :]:
             if trial.number not in self._ended and trial.state != TrialState.WAITING:
                 self._take(trial, trial.state)
+                if trial.state.is_finished():
+                    self._ended.add(trial.number)
         settled = self._settled
         while settled in self._ended:
             settled += 1
         self._settled = settled  # at once: threads may be here together
 
     def _take(self, trial: FrozenTrial, state: TrialState) -> None:
-        if state.is_finished():
-            self._ended.add(trial.number)
         values = {**trial.system_attrs.get(CHOSEN, {}), **trial.params}
         if not values.keys() >= {self._param, *self._space}:
             return
