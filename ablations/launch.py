@@ -94,9 +94,7 @@ class Worker:
 
     def _end(self) -> str:
         """How the worker ended."""
-        self._process.join(5)
-        self._process.kill()  # it has closed its pipe, so it ends; should it hang, not for long
-        self._process.join()
+        self._process.join(5)  # it has closed its pipe, so it ends, or else is killed
         code = self._process.exitcode or 0
         return f"was killed by {signal.Signals(-code).name}" if code < 0 else f"ended with exit status {code}"
 

@@ -298,6 +298,24 @@ def test_enqueued_trials_are_respected_and_count():
     assert study.trials[-1].params == {"period": 10, "seed": 0, "lr": 0.5}
 
 
+def test_enqueued_values_outside_of_the_search_space_are_respected_and_not_searched():
+    study = optuna.create_study(sampler=frontier_sampler({"seed": [0, 1]}))
+
+    def objective(trial):
+        trial.suggest_int("seed", 0, 5)
+        lr = trial.suggest_float("lr", LOW, HIGH, log=True)
+        trial.set_constraint("unstable", lr - 0.2)
+        return lr
+
+    study.enqueue_trial({"seed": 3})
+    study.enqueue_trial({"seed": 3, "lr": 0.1})
+    study.optimize(objective)
+    found = {f.params["seed"]: f for f in frontier_of(study)}
+    assert (found[3].runs, found[3].low) == (2, 0.1)
+    assert found.keys() == {0, 1, 3}
+    assert all(found[seed].low <= 0.2 <= found[seed].high < found[seed].low * 10**0.1001 for seed in (0, 1))
+
+
 def test_cells_that_a_trial_rules_out_are_given_up_at_once():
     def objective(trial):
         arm = trial.suggest_categorical("arm", ["adamw", "msign", "muon"])
