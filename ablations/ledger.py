@@ -128,9 +128,7 @@ class Ledger:
         if isinstance(sampler, Bisect):
             interval = Interval(sampler.low, sampler.high, True, sampler.resolution, sampler.runs)
         self._search: Search[Cell | Place] = Search(interval)
-        # A parent that resumes or joins must not draw again what was drawn before. Only `Tpe` asks.
-        seed = getattr(sampler, "seed", 0) + len(self._trials())
-        self._storage.sampler = TPESampler(seed=seed, constant_liar=True)
+        self._next_draw = -1  # number of the next trial, if no other parent draws
         self._storage.pruner = MedianPruner(n_warmup_steps=study.steps // 5) if study.prune else NopPruner()
 
     @property
@@ -172,18 +170,9 @@ class Ledger:
 
     def claim(self) -> Claim | None:
         """A cell to train; None if there is none now."""
-        is_search = isinstance(self._study.sampler, Tpe)
-        known = 0 if is_search else len(self._trials())
-        claim = self._draw() if is_search else self._begin()
-        if claim is None:
-            return None
-        place = self._place(claim.cell)
-        for other in self._trials()[known : claim.trial.number]:  # of other parents, at the same moment
-            if other.state != TrialState.FAIL and "cell" in other.user_attrs and self._place(cell_of(other)) == place:
-                claim.trial.set_user_attr("duplicate", other.number)
-                self._fail(claim.trial.number)
-                return self.claim()
-        self._claims[claim.trial.number] = claim
+        claim = self._draw() if isinstance(self._study.sampler, Tpe) else self._begin()
+        if claim is not None:
+            self._claims[claim.trial.number] = claim
         return claim
 
     def adopt(self, cell: Cell, outcome: Outcome) -> None:
@@ -286,12 +275,19 @@ class Ledger:
 
     def _begin(self) -> Claim | None:
         """The next cell of a grid or bisection, with a trial that is whole from the start."""
+        known = len(self._trials())
         cell = self._choose(self._absorb())
         if cell is None:
             return None
         template = _trial(cell, TrialState.RUNNING, {"parent": self._parent})
         study_id = self._backend.get_study_id_from_name(self._study.name)
-        return Claim(Trial(self._storage, self._backend.create_new_trial(study_id, template)), cell)
+        trial = Trial(self._storage, self._backend.create_new_trial(study_id, template))
+        for other in self._trials()[known : trial.number]:  # of other parents, at the same moment
+            if other.state in (TrialState.RUNNING, *_DONE) and self._place(cell_of(other)) == self._place(cell):
+                trial.set_user_attr("duplicate", other.number)
+                self._fail(trial.number)
+                return self._begin()
+        return Claim(trial, cell)
 
     def _draw(self) -> Claim | None:
         """What a search asks for, with its trial."""
@@ -304,6 +300,9 @@ class Ledger:
             self._fail(trial.number)
             return None
         trial.set_user_attr("parent", self._parent)
+        if trial.number != self._next_draw:  # nobody must draw again what this or another parent has drawn
+            self._storage.sampler = TPESampler(seed=sampler.seed + trial.number, constant_liar=True)
+        self._next_draw = trial.number + 1
         arm = trial.suggest_categorical("arm", study.arms)
         factors = {}
         for name, values in study.factors.items():
