@@ -1,14 +1,14 @@
-"""The cells of a study in an Optuna storage: what is to be trained, what runs, what is done.
+"""The cells of a study in an Optuna storage: what runs, what is done.
 
 Each training run of a cell is a trial. Its user attributes hold the cell's key ("cell") and content ("cell_spec"), who
 trains it ("parent") and what it gave ("outcome"), or "error" if it can't be trained: such a trial keeps running until
 its parent ends, so that nobody asks for the cell again before. Failed trials don't count. They have an "error", or
 "duplicate" because another trial has their cell, or neither: their parent was stopped. The next one trains them again.
 
-Several parents may share one database. A parent that adds a trial writes down how many it "knew": of trials that were
-added meanwhile for the same place (a cell of a grid, a group and seed of a bisection) the one with the lowest number is
-trained. A parent counts as dead once its sign of life, a counter in the study's user attributes, has not changed for
-`GRACE` seconds of the observer's own clock, so that the machines' clocks need not agree.
+Several parents may share one database. Of trials that they add at the same moment for the same place (a cell of a grid,
+a group and seed of a bisection) the one with the lowest number is trained. A parent counts as dead once its sign of
+life, a counter in the study's user attributes, has not changed for `GRACE` seconds of the observer's own clock, so that
+the machines' clocks need not agree.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ import sys
 import time
 import uuid
 import warnings
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from typing import Any
@@ -32,34 +32,32 @@ import optuna
 from optuna.distributions import BaseDistribution, FloatDistribution, IntDistribution
 from optuna.exceptions import ExperimentalWarning, UpdateFinishedTrialError
 from optuna.pruners import MedianPruner, NopPruner
-from optuna.samplers import RandomSampler, TPESampler
+from optuna.samplers import TPESampler
 from optuna.storages import BaseStorage
 from optuna.trial import FrozenTrial, Trial, TrialState, create_trial
 
 from msign_lightning.ablations.cell import Cell, Group, Outcome, show
 from msign_lightning.ablations.methods import Value
 from msign_lightning.ablations.reader import StudyError
-from msign_lightning.ablations.sampler import Interval, Probe, Proposal, Urgency, next_probe
-from msign_lightning.ablations.study import Bisect, Grid, Study, Tpe, changes
+from msign_lightning.ablations.sampler import Interval, Probe, Search
+from msign_lightning.ablations.study import Bisect, Study, Tpe, changes
 
 BEAT = 10.0  # seconds between two signs of life
 GRACE = 60.0  # seconds without one after which a parent counts as dead
 
 _DONE = (TrialState.COMPLETE, TrialState.PRUNED)
-_UNDER_WAY = (TrialState.RUNNING, TrialState.WAITING)
 _MAY_CHANGE = ("arms", "factors.", "seeds", "variants.", "sampler.runs", "sampler.trials")
-"""Parts of a study that grow and shrink after its start; a search's own trials must stay comparable."""
+"""Parts of a study that grow and shrink after its start, variants as wholes; a search's trials must stay comparable."""
 _log = logging.getLogger(__name__)
 Place = tuple[Group, int]
 
 
 @dataclass
 class Claim:
-    """A cell that this parent trains, with its trial, how often that failed, and the last step reported."""
+    """A cell that this parent trains, with its trial and the last step reported."""
 
     trial: Trial
     cell: Cell
-    failures: int = 0
     last_step: int = -1
 
 
@@ -84,16 +82,11 @@ def find(study: Study, backend: BaseStorage) -> optuna.Study:
 
 def changes_of(study: Study, started: Mapping[str, Any] | None) -> list[str]:
     """How a study differs from what it was when cells were trained, as far as that makes them others."""
-    return [] if started is None else [c for c in changes(started, _plain(study)) if not _may_be(c, study)]
-
-
-def _may_be(change: str, study: Study) -> bool:
-    """Whether a change leaves the cells that are done what they are."""
-    if isinstance(study.sampler, Tpe):
-        return change.startswith("sampler.trials:")
-    if change.startswith("variants."):
-        return change.count("nothing") == 1  # it is new, or no longer there
-    return change.startswith(_MAY_CHANGE)
+    may_change = ("sampler.trials",) if isinstance(study.sampler, Tpe) else _MAY_CHANGE
+    changed = [] if started is None else changes(started, _plain(study))
+    return [
+        c for c in changed if not c.startswith(may_change) or (c.startswith("variants.") and c.count("nothing") != 1)
+    ]
 
 
 def exists(study: Study, backend: BaseStorage) -> bool:
@@ -118,6 +111,8 @@ class Ledger:
 
     def __init__(self, study: Study, backend: BaseStorage, *, alone: bool) -> None:
         self._study = study
+        self._backend = backend
+        self._alone = alone
         self._storage = optuna.create_study(study_name=study.name, storage=backend, load_if_exists=True)
         find(study, backend)
         if self._storage.metric_names is None:  # what Optuna's dashboard calls the value
@@ -126,22 +121,19 @@ class Ledger:
                 self._storage.set_metric_names([study.metric])
         if self._storage.user_attrs.get("fingerprint") != _plain(study):
             self._storage.set_user_attr("fingerprint", _plain(study))
-        self._alone = alone
         self._parent = f"{socket.gethostname()}-{os.getpid()}-{uuid.uuid4().hex[:8]}"
         self._beats = 0
         self._last_beat = -math.inf
-        self._seen: dict[str, tuple[int | None, float]] = {}
+        self._seen: dict[str, tuple[int | None, float]] = {}  # by parent: its counter, and since when
         self._claims: dict[int, Claim] = {}
         self._given_up: dict[int, Claim] = {}
-        self._done: dict[str, int] = {}  # by key of the cell, its trial's number
-        self._probes: dict[Place, dict[int, Probe]] = {}  # of finished trials, by number
-        self._proposals: dict[Place, Proposal] = {}
+        self._done: set[str] = set()  # keys of cells
         self._settled = 0  # trials below this number are finished
-        if isinstance(study.sampler, Tpe):
-            # A parent that resumes or joins must not draw again what was drawn before.
-            self._storage.sampler = TPESampler(seed=study.sampler.seed + len(self._trials()), constant_liar=True)
-        else:
-            self._storage.sampler = RandomSampler(seed=0)  # which is not asked
+        sampler, interval = study.sampler, Interval(1, 10, runs=1)  # one run per cell, whatever its learning rate
+        if isinstance(sampler, Bisect):
+            interval = Interval(sampler.low, sampler.high, True, sampler.resolution, sampler.runs)
+        self._search: Search[Cell | Place] = Search(interval)
+        self._next_draw = -1  # number of the next trial, if no other parent draws
         self._storage.pruner = MedianPruner(n_warmup_steps=study.steps // 5) if study.prune else NopPruner()
 
     @property
@@ -171,37 +163,30 @@ class Ledger:
         self._storage.set_user_attr(f"parent:{self._parent}", self._beats)
         beats = self._storage.user_attrs
         for trial in self._trials(TrialState.RUNNING):
-            ours = trial.number in self._claims or trial.number in self._given_up
-            if not ours and not self._may_live(trial, beats):
+            if trial.number in self._claims or trial.number in self._given_up:
+                continue
+            parent = f"parent:{trial.user_attrs.get('parent', trial.number)}"  # one that has not said yet who it is
+            beat = beats.get(parent)
+            last, since = self._seen.get(parent, (None, now))
+            self._seen[parent] = (beat, since if beat == last else now)
+            if self._alone or now - self._seen[parent][1] >= GRACE:
                 self._fail(trial.number)
                 _log.warning("trial %d was left behind by a parent that is gone; it is trained again", trial.number)
 
     def claim(self) -> Claim | None:
         """A cell to train; None if there is none now."""
-        while (trial := self._ask()) is not None:
-            trial.set_user_attr("parent", self._parent)
-            cell = Cell.from_dict(trial.user_attrs["cell_spec"])
-            twin = self._twin(trial, cell)
-            if twin is None and self._study.holds(cell):
-                self._claims[trial.number] = Claim(trial, cell)
-                return self._claims[trial.number]
-            if twin is not None:
-                trial.set_user_attr("duplicate", twin)
-            self._fail(trial.number)
-        return None
+        claim = self._draw() if isinstance(self._study.sampler, Tpe) else self._begin()
+        if claim is not None:
+            self._claims[claim.trial.number] = claim
+        return claim
 
     def adopt(self, cell: Cell, outcome: Outcome) -> None:
         """Writes down what a cell gave that was trained by itself, unless it is known."""
         self._absorb()
         if cell.key not in self._done:
-            self._storage.add_trial(
-                create_trial(
-                    value=_value(outcome),
-                    constraints={"unstable": -1.0 if self._study.stability.is_stable(outcome) else 1.0},
-                    **self._params(cell),
-                    user_attrs={**_attributes(cell), "parent": "by itself", "outcome": outcome.as_dict()},
-                )
-            )
+            attributes = {"parent": "by itself", "outcome": outcome.as_dict()}
+            rest = {"value": _value(outcome), "constraints": {"unstable": self._excess(outcome)}}
+            self._storage.add_trial(_trial(cell, TrialState.COMPLETE, attributes, **rest))
 
     def is_finished(self) -> bool:
         """Whether, when there is nothing to claim, nobody trains a cell that might have to be trained again."""
@@ -224,9 +209,8 @@ class Ledger:
             if outcome is None:
                 self._storage.tell(claim.trial, state=TrialState.PRUNED, skip_if_finished=True)
             else:
-                stable = self._study.stability.is_stable(outcome)
                 claim.trial.set_user_attr("outcome", outcome.as_dict())
-                claim.trial.set_constraint("unstable", -1.0 if stable else 1.0)
+                claim.trial.set_constraint("unstable", self._excess(outcome))
                 self._storage.tell(claim.trial, _value(outcome), skip_if_finished=True)
         del self._claims[claim.trial.number]
 
@@ -245,20 +229,20 @@ class Ledger:
         return self._storage.get_trials(deepcopy=False, states=states or None)
 
     def _absorb(self) -> list[FrozenTrial]:
-        """Takes in what has been finished since the last call; returns what is under way."""
+        """Takes in what is new since the last call; returns what is under way."""
         trials = self._trials()
         under_way = []
         for trial in trials[self._settled :]:
-            if trial.state in _UNDER_WAY:
+            if trial.state == TrialState.RUNNING:
                 under_way.append(trial)
-            elif trial.state in _DONE and trial.user_attrs["cell"] not in self._done:
-                cell = Cell.from_dict(trial.user_attrs["cell_spec"])
-                if self._study.holds(cell):
-                    self._done[trial.user_attrs["cell"]] = trial.number
-                    place = (cell.group, cell.seed)
-                    stable = not trial.constraints or max(trial.constraints.values()) <= 0
-                    self._probes.setdefault(place, {})[trial.number] = Probe(cell.lr, stable)
-                    self._proposals.pop(place, None)
+            is_new = trial.state in _DONE and trial.user_attrs["cell"] not in self._done
+            if (is_new or "error" in trial.user_attrs) and self._study.holds(cell := cell_of(trial)):
+                if is_new:
+                    self._done.add(cell.key)
+                # One that is given up runs as long as its parent.
+                stable = None if trial.state == TrialState.RUNNING else max(trial.constraints.values(), default=0) <= 0
+                probe = None if trial.state == TrialState.FAIL else Probe(cell.lr, stable)
+                self._search.put(self._place(cell), trial.number, probe)
         while self._settled < len(trials) and trials[self._settled].state.is_finished():
             self._settled += 1
         return under_way
@@ -272,104 +256,90 @@ class Ledger:
         with suppress(UpdateFinishedTrialError):  # by another parent, at the same moment
             self._storage.tell(number, value, state=state, skip_if_finished=True)
 
-    def _may_live(self, trial: FrozenTrial, beats: Mapping[str, Any]) -> bool:
-        """Whether the parent of a running trial may be alive. One that has not said yet who it is has one beat."""
-        if self._alone:
-            return False
-        parent = f"parent:{trial.user_attrs.get('parent', trial.number)}"
-        beat, now = beats.get(parent), time.monotonic()
-        last, since = self._seen.get(parent, (None, now))
-        self._seen[parent] = (beat, since if beat == last else now)
-        return beat != last or now - since < GRACE
+    def _excess(self, outcome: Outcome) -> float:
+        """The constraint: at most zero for a stable run."""
+        return -1.0 if self._study.stability.is_stable(outcome) else 1.0
 
-    def _ask(self) -> Trial | None:
-        """A trial with the next cell, as far as this parent knows."""
-        sampler = self._study.sampler
-        if isinstance(sampler, Tpe):
-            return self._search(sampler)
-        known = len(self._trials())
-        under_way = self._absorb()
-        if not any(trial.state == TrialState.WAITING for trial in under_way):
-            cell = self._choose(under_way)
-            if cell is None:
-                return None
-            attributes = {**_attributes(cell), "known": known}
-            self._storage.add_trial(create_trial(state=TrialState.WAITING, **self._params(cell), user_attrs=attributes))
-        trial = self._storage.ask()
-        if "cell" not in trial.user_attrs:  # another parent has taken the last one that waited
-            self._fail(trial.number)
-            return self._ask()
-        return trial
+    def _place(self, cell: Cell) -> Cell | Place:
+        """What one trial has at a time: a cell or, in a bisection, a group and seed."""
+        return (cell.group, cell.seed) if isinstance(self._study.sampler, Bisect) else cell
 
     def _choose(self, under_way: Sequence[FrozenTrial]) -> Cell | None:
         """The next cell of a grid or bisection."""
+        study = self._study
+        taken = {self._place(cell_of(trial)) for trial in under_way if "error" not in trial.user_attrs}
+        places: Iterable[Cell | Place] = study.cells.values()
+        if isinstance(study.sampler, Bisect):
+            places = itertools.product(study.groups, study.seeds)
+        place = self._search.choose(place for place in places if place not in taken)
+        if place is None or isinstance(place, Cell):
+            return place
+        lr = self._search.next(place)
+        assert lr is not None  # or it would not have been chosen
+        return place[0].cell(lr, place[1])
+
+    def _begin(self) -> Claim | None:
+        """The next cell of a grid or bisection, with a trial that is whole from the start."""
+        known = len(self._trials())
+        cell = self._choose(self._absorb())
+        if cell is None:
+            return None
+        template = _trial(cell, TrialState.RUNNING, {"parent": self._parent})
+        study_id = self._backend.get_study_id_from_name(self._study.name)
+        trial = Trial(self._storage, self._backend.create_new_trial(study_id, template))
+        for other in self._trials()[known : trial.number]:  # of other parents, at the same moment
+            if other.state in (TrialState.RUNNING, *_DONE) and self._place(cell_of(other)) == self._place(cell):
+                trial.set_user_attr("duplicate", other.number)
+                self._fail(trial.number)
+                return self._begin()
+        return Claim(trial, cell)
+
+    def _draw(self) -> Claim | None:
+        """What a search asks for, with its trial."""
         study, sampler = self._study, self._study.sampler
-        if isinstance(sampler, Grid):
-            taken = {trial.user_attrs.get("cell") for trial in under_way}
-            return next((c for key, c in study.cells.items() if key not in self._done and key not in taken), None)
-        if isinstance(sampler, Tpe):
-            return None
-        running: dict[Place, list[Probe]] = {}
-        for trial in under_way:
-            if "cell" in trial.user_attrs:
-                cell = Cell.from_dict(trial.user_attrs["cell_spec"])
-                running.setdefault((cell.group, cell.seed), []).append(Probe(cell.lr, None))
-        interval = Interval(sampler.low, sampler.high, True, sampler.resolution, sampler.runs)
-        best: tuple[Urgency, Place, float] | None = None
-        for place in itertools.product(study.groups, study.seeds):
-            if place in running or place not in self._proposals:
-                probes = [*self._probes.get(place, {}).values(), *running.get(place, [])]
-                proposal = next_probe(interval, probes)
-                if place not in running:
-                    self._proposals[place] = proposal
-            else:
-                proposal = self._proposals[place]
-            if proposal.value is not None and (best is None or proposal.urgency < best[0]):
-                best = (proposal.urgency, place, proposal.value)
-        if best is None or best[0] >= Urgency.SPECULATIVE:
-            return None
-        _, (group, seed), lr = best
-        return group.cell(lr, seed)
-
-    def _twin(self, trial: Trial, cell: Cell) -> int | None:
-        """Number of a trial that has the better right to the same place."""
-        is_bisection = isinstance(self._study.sampler, Bisect)
-        for other in self._trials()[trial.user_attrs.get("known", 0) : trial.number]:
-            if other.state != TrialState.FAIL and "cell" in other.user_attrs:
-                theirs = Cell.from_dict(other.user_attrs["cell_spec"])
-                if theirs == cell or (is_bisection and (theirs.group, theirs.seed) == (cell.group, cell.seed)):
-                    return other.number
-        self._absorb()
-        return self._done.get(cell.key)
-
-    def _search(self, sampler: Tpe) -> Trial | None:
-        if sum(trial.state != TrialState.FAIL for trial in self._trials()) >= sampler.trials:
+        assert isinstance(sampler, Tpe)
+        if self._count() >= sampler.trials:
             return None
         trial = self._storage.ask()
-        before = [t for t in self._trials() if t.number < trial.number and t.state != TrialState.FAIL]
-        if len(before) >= sampler.trials:  # another parent has asked, too
+        if self._count(trial.number) >= sampler.trials:  # another parent has asked, too
             self._fail(trial.number)
-            return self._search(sampler)
-        study = self._study
+            return None
+        trial.set_user_attr("parent", self._parent)
+        if trial.number != self._next_draw:  # nobody must draw again what this or another parent has drawn
+            self._storage.sampler = TPESampler(seed=sampler.seed + trial.number, constant_liar=True)
+        self._next_draw = trial.number + 1
         arm = trial.suggest_categorical("arm", study.arms)
         factors = {}
         for name, values in study.factors.items():
             if study.arm(arm).concerned_by(study.setting_of(name)):
-                choice = trial.suggest_categorical(name, [_parameter(value) for value in values])
-                factors[name] = next(value for value in values if _parameter(value) == choice)
+                shown: dict[Any, Value] = {show(v) if isinstance(v, tuple) else v: v for v in values}
+                factors[name] = shown[trial.suggest_categorical(name, list(shown))]
         seed = study.seeds[trial.number % len(study.seeds)]  # in turns: the best seed is not worth a search
         lr = trial.suggest_float("lr", sampler.low, sampler.high, log=True)
-        for name, value in _attributes(Group(arm, tuple(sorted(factors.items()))).cell(lr, seed)).items():
+        cell = Group(arm, tuple(sorted(factors.items()))).cell(lr, seed)
+        for name, value in _attributes(cell).items():
             trial.set_user_attr(name, value)
-        return trial
+        return Claim(trial, cell)
 
-    def _params(self, cell: Cell) -> dict[str, Any]:
-        """What Optuna knows of a cell: learning rate and seed, whose ranges may grow; the rest is in attributes."""
-        distributions: dict[str, BaseDistribution] = {
-            "lr": FloatDistribution(min(1e-12, cell.lr), max(1e6, cell.lr), log=True),
-            "seed": IntDistribution(0, 2**32 - 1),
-        }
-        return {"params": {"lr": cell.lr, "seed": cell.seed}, "distributions": distributions}
+    def _count(self, before: int | None = None) -> int:
+        """How many trials have not failed, of those before a number."""
+        return sum(trial.state != TrialState.FAIL for trial in self._trials()[:before])
+
+
+def cell_of(trial: FrozenTrial) -> Cell:
+    """What a trial trains."""
+    return Cell.from_dict(trial.user_attrs["cell_spec"])
+
+
+def _trial(cell: Cell, state: TrialState, attributes: Mapping[str, Any], **rest: Any) -> FrozenTrial:
+    """The trial of a cell: its learning rate and seed, in ranges that may grow, and in attributes all of it."""
+    distributions: dict[str, BaseDistribution] = {
+        "lr": FloatDistribution(min(1e-12, cell.lr), max(1e6, cell.lr), log=True),
+        "seed": IntDistribution(0, 2**32 - 1),
+    }
+    params = {"lr": cell.lr, "seed": cell.seed}
+    attributes = {**_attributes(cell), **attributes}
+    return create_trial(state=state, params=params, distributions=distributions, user_attrs=attributes, **rest)
 
 
 def _attributes(cell: Cell) -> dict[str, Any]:
@@ -394,12 +364,6 @@ def _value(outcome: Outcome) -> float:
     return 2 * outcome.initial_loss if math.isfinite(outcome.initial_loss) else sys.float_info.max
 
 
-def _parameter(value: Value) -> str | int | float | bool:
-    """A factor's value in a form that Optuna's distributions take."""
-    return show(value) if isinstance(value, tuple) else value
-
-
-def _plain(study: Study) -> dict[str, Any]:
+def _plain(study: Study) -> Any:
     """The fingerprint as it comes back from a storage."""
-    plain: dict[str, Any] = json.loads(json.dumps(study.fingerprint()))
-    return plain
+    return json.loads(json.dumps(study.fingerprint()))

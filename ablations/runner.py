@@ -10,7 +10,8 @@ import signal
 import subprocess
 import tempfile
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from types import FrameType
 from typing import Literal, NamedTuple
@@ -22,7 +23,7 @@ from tqdm.contrib.logging import logging_redirect_tqdm
 from msign_lightning._extras import need
 from msign_lightning.ablations.cell import Cell, Outcome
 from msign_lightning.ablations.launch import Crashed, Finished, Pool, Progress, Worker
-from msign_lightning.ablations.ledger import Claim, Ledger, changes_of, exists, find
+from msign_lightning.ablations.ledger import Claim, Ledger, cell_of, changes_of, exists, find
 from msign_lightning.ablations.reader import StudyError
 from msign_lightning.ablations.results import Run
 from msign_lightning.ablations.storage import JOURNAL, StorageError, opened, reading
@@ -36,12 +37,7 @@ _log = logging.getLogger(__name__)
 
 
 class Summary(NamedTuple):
-    """How a study stands.
-
-    Attributes:
-        done: Number of cells trained, by all parents, pruned and diverged ones included.
-        failed: The cells that could not be trained.
-    """
+    """How many cells have been trained by all parents, pruned and diverged ones included; and which could not be."""
 
     done: int
     failed: list[str]
@@ -79,7 +75,7 @@ def run(
         StorageError: The storage or the folder can't be used, or no longer. What was finished is kept.
         KeyboardInterrupt: It was interrupted or terminated. What was finished is kept, what was not is trained again.
     """
-    gpus = _gpus() if _may_use_gpu(study) else []
+    gpus = _gpus(study)
     worker: type[Worker] = Worker
     if launcher == "ray":
         need("ray", "ray")
@@ -87,30 +83,25 @@ def run(
 
         worker, workers = cluster.RayWorker, workers or cluster.cores()
     workers = workers if workers is not None else len(gpus) or cores()
-    if workers < 1:
-        raise ValueError(f"workers must be a positive integer, got {workers}")
-    if legs < 1:
-        raise ValueError(f"legs must be a positive integer, got {legs}")
-    if time_limit is not None and not time_limit > 0:
-        raise ValueError(f"time_limit must be positive, got {time_limit}")
+    for name, value in {"workers": workers, "legs": legs, "time_limit": time_limit}.items():
+        if value is not None and not value > 0:
+            raise ValueError(f"{name} must be positive, got {value}")
     place = folder / study.name
     _check_writable(place)
-    with opened(storage, place) as (backend, alone), _Interrupt() as interrupt:
+    ledger: Ledger | None = None
+    with opened(storage, place) as (backend, alone), _interrupts_held() as check_interrupt:
         exists(study, backend)
-        ledger: Ledger | None = None
         try:
-            with Pool(study, place, workers, gpus, time_limit, legs, worker) as pool:
+            with Pool(study, place, workers, gpus, time_limit, legs, RETRIES, worker) as pool:
                 _log.info("study %s: %d workers start, which takes some seconds", study.name, workers)
-                _check_program(study, pool, interrupt)
+                _check_program(study, pool, check_interrupt)
                 ledger = Ledger(study, backend, alone=alone)
                 for cell, outcome in _by_themselves(study, place).items():
                     ledger.adopt(cell, outcome)
-                _train(ledger, pool, interrupt, study)
-        except (KeyboardInterrupt, StudyError, _OutOfSpaceError) as error:
+                _train(ledger, pool, check_interrupt, study)
+        except (KeyboardInterrupt, StudyError, StorageError):
             if ledger is not None:
                 ledger.release()
-            if isinstance(error, _OutOfSpaceError):
-                raise StorageError(f"folder {place} can't be written to: {error}") from error
             raise
         ledger.release()
         return Summary(ledger.done, ledger.failed)
@@ -119,11 +110,7 @@ def run(
 def run_alone(study: Study, key: str, *, folder: Path = FOLDER, legs: int = 1) -> Outcome:
     """Trains one cell of a grid in this process and writes its outcome to its folder, for `run` and `results` to find.
 
-    Args:
-        study: The cell's study.
-        key: The cell's key, or its number among the study's cells, counted from 0, as job arrays do.
-        folder: As of `run`.
-        legs: As of `run`.
+    Its key may be its number among the study's cells instead, counted from 0, as job arrays do.
 
     Raises:
         StudyError: The study has no such cell, or does not fit its program.
@@ -175,68 +162,54 @@ def results(study: Study, *, storage: str | None = None, folder: Path = FOLDER) 
         StudyError: The study has not been started, or with other content.
         StorageError: The storage can't be reached.
     """
-    outcomes = _by_themselves(study, folder / study.name)
-    if not (outcomes and storage is None and not (folder / study.name / JOURNAL).exists()):
+    by_themselves = _by_themselves(study, folder / study.name)
+    outcomes: dict[Cell, Outcome] = {}
+    if not by_themselves or storage is not None or (folder / study.name / JOURNAL).exists():
         with reading(storage, folder / study.name) as backend:
             trials = find(study, backend).get_trials(deepcopy=False, states=(TrialState.COMPLETE,))
-        in_storage: dict[Cell, Outcome] = {}
         for trial in trials:
-            if "outcome" in trial.user_attrs and study.holds(cell := Cell.from_dict(trial.user_attrs["cell_spec"])):
-                in_storage.setdefault(cell, Outcome.from_dict(trial.user_attrs["outcome"]))
-        outcomes = {**in_storage, **{cell: o for cell, o in outcomes.items() if cell not in in_storage}}
+            if "outcome" in trial.user_attrs and study.holds(cell := cell_of(trial)):
+                outcomes.setdefault(cell, Outcome.from_dict(trial.user_attrs["outcome"]))
+    for cell, outcome in by_themselves.items():
+        outcomes.setdefault(cell, outcome)
     return [Run(cell, outcome, study.stability.is_stable(outcome)) for cell, outcome in outcomes.items()]
 
 
-class _OutOfSpaceError(Exception):
-    """A worker can't write its logs."""
+@contextmanager
+def _interrupts_held() -> Iterator[Callable[[], None]]:
+    """Holds Ctrl-C and SIGTERM back until they are checked for, so that they don't fall into the midst of a write."""
+    noted: list[int] = []
 
+    def check() -> None:
+        if noted:
+            raise KeyboardInterrupt
 
-class _Interrupt:
-    """Holds Ctrl-C and SIGTERM back until `check`, so that they don't fall into the midst of a write."""
+    def note(number: int, frame: FrameType | None) -> None:
+        check()
+        noted.append(number)
 
-    def __init__(self) -> None:
-        self._noted = False
-        self._before: dict[int, Callable[[int, FrameType | None], object] | int | None] = {}
-
-    def __enter__(self) -> _Interrupt:
-        if threading.current_thread() is threading.main_thread():
-            self._before = {number: signal.signal(number, self._note) for number in (signal.SIGINT, signal.SIGTERM)}
-        return self
-
-    def __exit__(self, *exception: object) -> None:
-        for number, handler in self._before.items():
+    is_main = threading.current_thread() is threading.main_thread()
+    before = {number: signal.signal(number, note) for number in (signal.SIGINT, signal.SIGTERM) if is_main}
+    try:
+        yield check
+    finally:
+        for number, handler in before.items():
             signal.signal(number, handler)
 
-    def _note(self, number: int, frame: FrameType | None) -> None:
-        if self._noted:
-            raise KeyboardInterrupt
-        self._noted = True
 
-    def check(self) -> None:
-        """Raises KeyboardInterrupt if there was one."""
-        if self._noted:
-            raise KeyboardInterrupt
-
-
-def _check_program(study: Study, pool: Pool, interrupt: _Interrupt) -> None:
+def _check_program(study: Study, pool: Pool, check_interrupt: Callable[[], None]) -> None:
     """Lets one worker build the program of every arm, while the others import what they need."""
     pool.start(0, None)
     pool.warm_up()
-    failures = 0
     while pool.busy:
-        interrupt.check()
+        check_interrupt()
         for _, message in pool.wait(1.0):
             if isinstance(message, Crashed):
-                failures += 1
-                if message.fatal is not None or failures > RETRIES:
-                    raise StudyError(f"program {study.program} fails at start: {message.error}")
-                _log.warning("the start is tried again: %s", message.error.strip().splitlines()[-1])
-                pool.start(0, None)
+                raise StudyError(f"program {study.program} fails at start: {message.error}")
 
 
-def _train(ledger: Ledger, pool: Pool, interrupt: _Interrupt, study: Study) -> None:
+def _train(ledger: Ledger, pool: Pool, check_interrupt: Callable[[], None], study: Study) -> None:
     claims: dict[int, Claim] = {}
-    again: list[Claim] = []
     with (
         logging_redirect_tqdm(),
         tqdm(total=ledger.total, desc=study.name, unit="cell", disable=None, initial=ledger.done) as bar,
@@ -244,8 +217,7 @@ def _train(ledger: Ledger, pool: Pool, interrupt: _Interrupt, study: Study) -> N
         while True:
             ledger.keep_up()
             for place in pool.idle:
-                claim = again.pop() if again else ledger.claim()
-                if claim is None:
+                if (claim := ledger.claim()) is None:
                     break
                 claims[place] = claim
                 pool.start(place, claim.cell)
@@ -264,18 +236,11 @@ def _train(ledger: Ledger, pool: Pool, interrupt: _Interrupt, study: Study) -> N
                         bar.n = ledger.done
                         _log.info("%s: %s", claim.cell.label, _describe(outcome))
                     case Crashed(error, fatal):
-                        if fatal == "disk":
-                            raise _OutOfSpaceError(error)
-                        if fatal == "study":
-                            raise StudyError(error)
-                        claim.failures += 1
-                        if claim.failures <= RETRIES:
-                            again.append(claim)
-                            _log.warning("%s is tried again: %s", claim.cell.label, error.strip().splitlines()[-1])
-                        else:
-                            ledger.give_up(claim, error)
-                            _log.error("%s is given up: %s", claim.cell.label, error)
-            interrupt.check()
+                        if fatal is not None:
+                            raise fatal(error)
+                        ledger.give_up(claim, error)
+                        _log.error("%s is given up: %s", claim.cell.label, error)
+            check_interrupt()
 
 
 def _describe(outcome: Outcome | None) -> str:
@@ -295,19 +260,17 @@ def _check_writable(folder: Path) -> None:
         raise StorageError(f"folder {folder} must be one that can be written to: {error.strerror}") from error
 
 
-def _may_use_gpu(study: Study) -> bool:
-    trainer = (study.fingerprint()["program"]["file"] or {}).get("trainer") or {}
-    usual = trainer.get("accelerator") if isinstance(trainer, dict) else None
-    return bool(study.settings.get("trainer.accelerator", usual) != "cpu")
-
-
 def cores() -> int:
     """How many cores this process may use."""
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
-def _gpus() -> list[str]:
-    """Names of the GPUs that CUDA may use, found without starting it in this process."""
+def _gpus(study: Study) -> list[str]:
+    """Names of the GPUs that a study may use, found without starting CUDA in this process."""
+    trainer = (study.fingerprint()["program"]["file"] or {}).get("trainer") or {}
+    usual = trainer.get("accelerator") if isinstance(trainer, dict) else None
+    if study.settings.get("trainer.accelerator", usual) == "cpu":
+        return []
     visible = os.environ.get("CUDA_VISIBLE_DEVICES")
     if visible is not None:
         return [name.strip() for name in visible.split(",") if name.strip() not in ("", "-1")]
@@ -322,21 +285,21 @@ def plan(study: Study, *, storage: str | None = None, folder: Path = FOLDER) -> 
 
     The estimate of time is that of one worker, from the runs that are done; without any there is none.
     """
-    try:
+    runs: list[Run] = []
+    with suppress(StorageError, StudyError):
         runs = results(study, storage=storage, folder=folder)
-    except (StorageError, StudyError):
-        runs = []
     done = {run.cell.key for run in runs}
-    sampler = study.sampler
-    lines = []
-    for number, (key, cell) in enumerate(study.cells.items()):
-        lines.append(f"{number:4d}  {key}  {cell.label}{'  done' if key in done else ''}")
-    if isinstance(sampler, Bisect):
+    lines = [
+        f"{number:4d}  {key}  {cell.label}{'  done' if key in done else ''}"
+        for number, (key, cell) in enumerate(study.cells.items())
+    ]
+    total, most = len(study.cells), ""
+    if isinstance(study.sampler, Tpe):
+        total = study.sampler.trials
+    elif isinstance(study.sampler, Bisect):
         lines += [f"      {group.label}, seed {seed}" for seed in study.seeds for group in study.groups]
-        left = len(study.groups) * len(study.seeds) * sampler.runs - len(runs)
-    else:
-        left = (sampler.trials if isinstance(sampler, Tpe) else len(study.cells)) - len(runs)
-    most = "at most " if isinstance(sampler, Bisect) else ""
+        total, most = len(lines) * study.sampler.runs, "at most "
+    left = total - len(runs)
     lines.append(f"study {study.name}: {len(runs)} runs of {study.steps} steps done, {most}{left} to do")
     if runs:
         seconds = left * sum(run.outcome.seconds for run in runs) / len(runs)

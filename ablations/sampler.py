@@ -7,21 +7,22 @@ the runs alone, by `next_probe`.
 
 from __future__ import annotations
 
+import itertools
 import math
-from collections.abc import Iterable, Mapping, Sequence
+from collections import defaultdict
+from collections.abc import Collection, Hashable, Iterable, Mapping, Sequence
 from contextlib import suppress
-from decimal import Decimal
-from enum import IntEnum
-from itertools import accumulate, pairwise
-from typing import Any, NamedTuple
+from typing import Any, Generic, NamedTuple, TypeVar
 
 import optuna
-from optuna.distributions import BaseDistribution, CategoricalDistribution, FloatDistribution, IntDistribution
+from optuna.distributions import BaseDistribution, FloatDistribution
 from optuna.samplers import BaseSampler
 from optuna.study import Study
 from optuna.trial import FrozenTrial, TrialState
 
 FINE = 1 + 1e-9  # width of a bracket that is resolved, in units of the resolution
+CHOSEN = "frontier:chosen"  # system attribute of a trial, as "grid_id" is for Optuna's grids
+K = TypeVar("K", bound=Hashable)
 
 
 class Interval(NamedTuple):
@@ -32,11 +33,6 @@ class Interval(NamedTuple):
     log: bool = True
     resolution: float = 0.1
     runs: int = 6
-
-    @property
-    def width(self) -> float:
-        """From `low` to `high`, in units of the resolution."""
-        return self.units(self.high)
 
     def units(self, value: float) -> float:
         """How far a value is above `low`, in units of the resolution."""
@@ -57,23 +53,6 @@ class Probe(NamedTuple):
     stable: bool | None
 
 
-class Urgency(IntEnum):
-    """What a cell needs, the most urgent first."""
-
-    BEGUN = 0  # a run
-    NEW = 1  # its first run
-    RUNNING = 2  # a run, but one is running
-    SPECULATIVE = 3  # perhaps a run: the outcome of a running one may make it worthless
-    DONE = 4
-
-
-class Proposal(NamedTuple):
-    """What to run next in a cell: the parameter's value, None if nothing is left to find out; and how urgently."""
-
-    value: float | None
-    urgency: Urgency
-
-
 def bracket(probes: Iterable[tuple[float, bool]]) -> tuple[float, float]:
     """Between which values runs turn from stable to unstable.
 
@@ -88,50 +67,69 @@ def bracket(probes: Iterable[tuple[float, bool]]) -> tuple[float, float]:
     for value, stable in probes:
         excess[value] = excess.get(value, 0) + (-1 if stable else 1)
     values = sorted(excess)
-    contradicted = list(accumulate((excess[value] for value in values), initial=0))
+    contradicted = list(itertools.accumulate((excess[value] for value in values), initial=0))
     fewest = min(contradicted)
     best = [i for i, count in enumerate(contradicted) if count == fewest]
     return [-math.inf, *values][best[0]], [*values, math.inf][best[-1]]
 
 
-def next_probe(interval: Interval, probes: Sequence[Probe]) -> Proposal:
-    """What to run next in a cell, by bisection.
+def next_probe(interval: Interval, probes: Collection[Probe]) -> float | None:
+    """The value to run next in a cell, by bisection; None if nothing is left to find out.
 
     Both ends belong to what is tried: "stable everywhere" is known after a stable run at `high`. Once the bracket is as
     narrow as the resolution, runs that are left look for surprises away from the boundary, in the middle of a half of
     the interval or more in which nothing has been tried. That finds islands, not a ragged edge, which shows in the
-    spread over seeds. A probe beside a running one takes the upper part of the bracket: it narrows the bracket
-    further, or checks that nothing above it is stable.
+    spread over seeds. A probe beside a running one takes the upper part of the bracket.
 
     If runs turn from stable to unstable once, and are proposed one at a time, `runs` suffice for the resolution up to
     an interval of 2^runs - 2 resolutions.
     """
-    width = interval.width
-    left = interval.runs - len(probes)
-    if left <= 0:
-        return Proposal(None, Urgency.DONE)
-    is_running = any(probe.stable is None for probe in probes)
-    urgency = Urgency.RUNNING if is_running else Urgency.BEGUN if probes else Urgency.NEW
+    if len(probes) >= interval.runs:
+        return None
+    width = interval.units(interval.high)
     low, high = bracket((interval.units(value), stable) for value, stable in probes if stable is not None)
     low, high = max(low, -1.0), min(high, width + 1)  # one unit more at both ends, for boundaries beyond them
     tried = sorted([0, *(min(max(interval.units(value), 0), width) for value, _ in probes), width])
-    inside = [x for x in tried[1:-1] if low < x < high]
-    gap, middle = _widest_gap([low, *inside, high])
+    gap, middle = _widest_gap([low, *(x for x in tried[1:-1] if low < x < high), high])
     if high - low <= FINE or low >= width or high <= 0 or gap <= FINE:
         gap, middle = _widest_gap(tried)
         if gap <= 0 or 2 * gap < width - 1e-9:
-            return Proposal(None, Urgency.DONE)
-    elif inside:
-        middle = min(max(middle, 0), width)
-        gap, _ = _widest_gap(sorted([low, *inside, middle, high]))
-        if gap > 2 ** (left - 1):
-            urgency = Urgency.SPECULATIVE
-    return Proposal(interval.value(middle), urgency)
+            return None
+    return interval.value(middle)
 
 
 def _widest_gap(points: Sequence[float]) -> tuple[float, float]:
     """Width and middle of the widest gap between neighbours, the upper one of two that are equal."""
-    return max((round(b - a, 9), (a + b) / 2) for a, b in pairwise(points))
+    return max((round(b - a, 9), (a + b) / 2) for a, b in itertools.pairwise(points))
+
+
+class Search(Generic[K]):
+    """The probes of all cells, and what each needs next."""
+
+    def __init__(self, interval: Interval) -> None:
+        self._interval = interval
+        self._probes: defaultdict[K, dict[int, Probe]] = defaultdict(dict)
+        self._next: dict[K, float | None] = {}  # of the cells that have begun
+        self._is_busy: dict[K, bool] = {}
+
+    def put(self, cell: K, number: int, probe: Probe | None) -> None:
+        """Takes in the trial of this number, whatever it was before; None if it has said nothing."""
+        probes = self._probes[cell]
+        if probe is None:
+            probes.pop(number, None)
+        else:
+            probes[number] = probe
+        self._next[cell] = next_probe(self._interval, probes.values())
+        self._is_busy[cell] = any(stable is None for _, stable in probes.values())
+
+    def next(self, cell: K) -> float | None:
+        """The value to run next in a cell."""
+        return self._next[cell] if cell in self._next else next_probe(self._interval, [])
+
+    def choose(self, cells: Iterable[K]) -> K | None:
+        """The first cell that needs a run: rather one in which none runs, and rather one that has begun."""
+        needy = [cell for cell in cells if cell not in self._next or self._next[cell] is not None]
+        return min(needy, key=lambda cell: (self._is_busy.get(cell, False), cell not in self._next), default=None)
 
 
 class Found(NamedTuple):
@@ -162,11 +160,11 @@ def frontier_of(study: Study, param: str = "lr") -> list[Found]:
     Raises:
         ValueError: No trial has the parameter and a constraint.
     """
-    cells: dict[tuple[tuple[str, Any], ...], list[tuple[float, bool]]] = {}
+    cells: defaultdict[tuple[tuple[str, Any], ...], list[tuple[float, bool]]] = defaultdict(list)
     for trial in study.get_trials(deepcopy=False):
         if param in trial.params and trial.constraints and trial.state.is_finished():
             others = tuple((name, value) for name, value in trial.params.items() if name != param)
-            cells.setdefault(others, []).append((trial.params[param], max(trial.constraints.values()) <= 0))
+            cells[others].append((trial.params[param], _is_feasible(trial)))
     if not cells:
         raise ValueError(f"study must hold finished trials with {param} and a constraint, got none")
     found = []
@@ -177,106 +175,73 @@ def frontier_of(study: Study, param: str = "lr") -> list[Found]:
     return found
 
 
-class _Node:
-    """A parameter that trials suggest next after the same values; or at the end, a cell with its probes."""
-
-    def __init__(self) -> None:
-        self.name: str | None = None
-        self.distribution: BaseDistribution | None = None
-        self.children: dict[float, _Node] = {}
-        self.interval: Interval | None = None
-        self.probes: dict[int, Probe] = {}  # by number of trial
-        self.failures = 0
-        self.is_ruled_out = False
-        self._known: Proposal | None = None
-        self._values: Sequence[float] = ()
-
-    def take(self, name: str, distribution: BaseDistribution) -> Sequence[float]:
-        """What is suggested here, unless that is known; its values in Optuna's internal form."""
-        if self.name is None:
-            self.name, self.distribution, self._values = name, distribution, _values(name, distribution)
-        return self._values
-
-    def values(self, fixed: Mapping[str, Any]) -> Sequence[float]:
-        """The values that agree with fixed ones."""
-        assert self.distribution is not None
-        assert self.name is not None
-        return [self.distribution.to_internal_repr(fixed[self.name])] if self.name in fixed else self._values
-
-    def add(self, number: int, probe: Probe, interval: Interval) -> None:
-        self.interval, self._known = interval, None
-        self.probes[number] = probe
-
-    def drop(self, number: int) -> None:
-        self._known = None
-        self.probes.pop(number, None)
-
-    def proposal(self) -> Proposal:
-        assert self.interval is not None
-        if self.failures >= self.interval.runs:
-            return Proposal(None, Urgency.DONE)
-        if self._known is None:
-            self._known = next_probe(self.interval, list(self.probes.values()))
-        return self._known
+def _is_feasible(trial: FrozenTrial) -> bool:
+    return max(trial.constraints.values()) <= 0
 
 
 class FrontierSampler(BaseSampler):
-    """Finds up to which value of a float parameter trials are feasible, for every setting of all other parameters.
+    """Finds up to which value of a float parameter trials are feasible, for every combination of other parameters.
 
-    Each setting is a cell. The bounds and the scale come from `suggest_float(param, low, high, log=...)`. The other
-    parameters must have finitely many values, and must be suggested before; which ones there are may depend on others'
-    values. The sampler chooses them so that cells that have begun are finished first, each by one worker at a time
-    while there are others, and calls `study.stop` after the last one. How a cell is searched: `next_probe`.
+    Each combination is a cell. Cells that have begun are finished first, each by one worker at a time while there are
+    others, and `study.stop` is called after the last one. How a cell is searched: `next_probe`.
 
     A trial is feasible if all of its constraints are at most zero. Every trial must have one:
 
-        study = optuna.create_study(sampler=FrontierSampler("lr"))
-
         def objective(trial):
             period = trial.suggest_categorical("period", [10, 100])
-            seed = trial.suggest_int("seed", 0, 2)
             lr = trial.suggest_float("lr", 1e-3, 1.0, log=True)
-            loss, diverged = train(period, seed, lr)
+            loss, diverged = train(period, lr)
             trial.set_constraint("unstable", 1.0 if diverged else -1.0)
             return loss
 
+        study = optuna.create_study(sampler=FrontierSampler({"period": [10, 100]}, "lr", low=1e-3, high=1.0))
         study.optimize(objective)
         frontier_of(study)
 
     The state is in the trials alone, so that a study can be resumed, and shared by threads and processes, which may now
     and then choose the same probe if they ask at the same moment. Failed trials count if they have said whether they
     are feasible, as one does that diverged and returns NaN, which Optuna takes for a failure; others are asked for
-    again, up to `runs` times in a cell, which is then given up. Running ones count: those of a dead process should be
-    told to have failed. Enqueued values are respected and count, and so are values that a `PartialFixedSampler` fixes.
-    A trial that is asked for when nothing is left is pruned.
+    again, up to `runs` times in a cell, which is then given up, as one is that is pruned before it suggests `param`.
+    Running ones count: those of a dead process should be told to have failed. Enqueued values are respected and count,
+    and so are values that a `PartialFixedSampler` fixes. A trial that is asked for when nothing is left is pruned.
 
     Args:
-        param: Name of the parameter.
-        resolution: Width of a bracket that is fine enough: in decades if the parameter is on a logarithmic scale, else
-            in its own units.
+        search_space: The values of each other parameter that has several, as for Optuna's `GridSampler`.
+        param: Name of the parameter, which trials must suggest as a float from `low` to `high` without a step.
+        low: Its lowest value.
+        high: Its highest value.
+        log: Whether it is on a logarithmic scale.
+        resolution: Width of a bracket that is fine enough, in decades or, on a linear scale, in the parameter's units.
         runs: No more runs than this in one cell.
 
     Raises:
         ValueError: A value is out of its range.
     """
 
-    def __init__(self, param: str, resolution: float = 0.1, *, runs: int = 6) -> None:
-        if not 0 < resolution < math.inf:
-            raise ValueError(f"resolution must be positive and finite, got {resolution}")
+    def __init__(
+        self,
+        search_space: Mapping[str, Sequence[Any]],
+        param: str = "lr",
+        *,
+        low: float,
+        high: float,
+        log: bool = True,
+        resolution: float = 0.1,
+        runs: int = 6,
+    ) -> None:
+        for name, values in search_space.items():
+            if not values or name == param:
+                raise ValueError(f"search_space must hold values of parameters besides {param}, got {name}: {values}")
         if runs < 1:
             raise ValueError(f"runs must be at least 1, got {runs}")
+        self._distribution = FloatDistribution(low, high, log=log)
+        self._interval = Interval(low, high, log, resolution, runs)
+        if not (resolution > 0 and self._interval.units(high) >= 1):
+            raise ValueError(f"resolution must be positive and at most the interval of {param}, got {resolution}")
+        self._space = {name: list(values) for name, values in search_space.items()}
+        self._cells = list(itertools.product(*self._space.values()))
         self._param = param
-        self._resolution = resolution
-        self._runs = runs
-        self._forget()
-
-    def _forget(self, first: object = None) -> None:
-        self._first = first  # which tells studies apart
-        self._root = _Node()
-        self._absorbed = 0  # trials below this number are in the tree for good
-        self._ahead: set[int] = set()  # those that are finished
-        self._asked: dict[int, set[str]] = {}  # by running trial: what was asked for here
-        self._fixed: set[str] = set()  # what others choose
+        self._study: object = None  # what tells studies apart
 
     def infer_relative_search_space(self, study: Study, trial: FrozenTrial) -> dict[str, BaseDistribution]:
         """Empty: parameters are suggested one after the other."""
@@ -288,38 +253,33 @@ class FrontierSampler(BaseSampler):
         """Empty."""
         return {}
 
+    def before_trial(self, study: Study, trial: FrozenTrial) -> None:
+        """Chooses the trial's values and writes them down, unless nothing is left."""
+        self._update(study)
+        fixed = _fixed(study, trial)
+        if (cell := self._search.choose(self._cells_of(fixed))) is not None:
+            values = {**dict(zip(self._space, cell, strict=True)), **fixed}
+            value = self._search.next(tuple(values[name] for name in self._space))
+            if value is not None:
+                study._storage.set_trial_system_attr(trial._trial_id, CHOSEN, {self._param: value, **values})
+
     def sample_independent(
         self, study: Study, trial: FrozenTrial, param_name: str, param_distribution: BaseDistribution
     ) -> Any:
-        """The next probe if this is the sampler's parameter, else a value that leads to the most urgent cell.
+        """The value that was chosen before the trial.
 
         Raises:
-            ValueError: The sampler's parameter is no float or was suggested before this one, or this one's values
-                can't be counted.
+            ValueError: The search space does not fit the objective.
             TrialPruned: Nothing is left to find out.
         """
-        running = self._absorb(study, besides=trial.number)
-        self._asked.setdefault(trial.number, set()).add(param_name)
-        node = self._follow(trial)
         if param_name == self._param:
-            return self._next_value(node, param_distribution)
-        if self._param in trial.params:
-            raise ValueError(f"{self._param} must be suggested after all other parameters, got {param_name} after it")
-        self._fixed.discard(param_name)
-        fixed = trial.system_attrs.get("fixed_params", {})
-        values = node.take(param_name, param_distribution)
-        urgencies = [self._urgency(node.children.get(value), running, fixed) for value in values]
-        return param_distribution.to_external_repr(values[urgencies.index(min(urgencies))])
-
-    def _next_value(self, node: _Node, distribution: BaseDistribution) -> float:
-        interval = self._interval(distribution)
-        if interval.width < 1:
-            raise ValueError(f"resolution must not exceed the interval of {self._param}, got {self._resolution}")
-        node.interval = node.interval or interval
-        value = node.proposal().value
-        if value is None:
-            raise optuna.TrialPruned("nothing is left to find out in this cell")
-        return value
+            if param_distribution != self._distribution:
+                raise ValueError(f"{param_name} must be suggested from {self._distribution}, got {param_distribution}")
+        elif param_name not in self._space:
+            raise ValueError(f"search_space must hold all parameters but {self._param}, got {param_name} besides")
+        if CHOSEN not in trial.system_attrs:
+            raise optuna.TrialPruned("nothing is left to find out")
+        return trial.system_attrs[CHOSEN][param_name]
 
     def after_trial(self, study: Study, trial: FrozenTrial, state: TrialState, values: Sequence[float] | None) -> None:
         """Stops the study if nothing is left.
@@ -327,21 +287,12 @@ class FrontierSampler(BaseSampler):
         Raises:
             ValueError: The trial has no constraint.
         """
-        running = self._absorb(study, besides=trial.number)
-        node = self._follow(trial)
-        enqueued = trial.system_attrs.get("fixed_params", {})
-        self._fixed |= trial.params.keys() - self._asked.pop(trial.number, trial.params.keys()) - set(enqueued)
-        if self._param in trial.params:
-            if trial.constraints:
-                node.add(trial.number, self._probe(trial), self._interval(trial.distributions[self._param]))
-            elif state == TrialState.FAIL:
-                node.failures += 1
-            else:
-                rule = "trials must say by set_constraint whether they are stable"
-                raise ValueError(f"{rule}, got none in {trial.number}")
-        elif state != TrialState.FAIL:
-            node.is_ruled_out = True
-        if self._is_exhausted(study, running):
+        self._update(study)
+        if self._param in trial.params and not trial.constraints and state != TrialState.FAIL:
+            rule = "trials must say by set_constraint whether they are stable"
+            raise ValueError(f"{rule}, got none in {trial.number}")
+        self._take(trial, state)
+        if self._is_exhausted(study):
             with suppress(RuntimeError):  # ask and tell, which has no loop to stop
                 study.stop()
 
@@ -350,82 +301,58 @@ class FrontierSampler(BaseSampler):
 
         What still runs may change that: it may fail, or show that a cell is not monotone.
         """
-        return self._is_exhausted(study, self._absorb(study))
+        self._update(study)
+        return self._is_exhausted(study)
 
-    def _is_exhausted(self, study: Study, running: set[int]) -> bool:
-        if self._urgency(self._root, running, {}) < Urgency.DONE:
-            return False
-        return not study.get_trials(deepcopy=False, states=(TrialState.WAITING,))
+    def _is_exhausted(self, study: Study) -> bool:
+        nothing_left = self._search.choose(self._cells_of(_fixed(study))) is None
+        return nothing_left and not study.get_trials(deepcopy=False, states=(TrialState.WAITING,))
 
-    def _absorb(self, study: Study, besides: int = -1) -> set[int]:
-        """Takes in what is new since the last call; returns the nodes, by id, under which a trial runs."""
+    def _cells_of(self, fixed: Mapping[str, Any]) -> list[tuple[Any, ...]]:
+        """The cells that are not given up and agree with fixed values."""
+        known = {name: value for name, value in fixed.items() if value in self._space.get(name, ())}
+        cells = [cell for cell in self._cells if cell not in self._given_up]
+        if not known:
+            return cells
+        return [cell for cell in cells if known.items() <= dict(zip(self._space, cell, strict=True)).items()]
+
+    def _update(self, study: Study) -> None:
+        """Takes in what is new since the last call."""
         trials = study.get_trials(deepcopy=False)
-        first = trials and (study.study_name, trials[0].datetime_start or trials[0].datetime_complete)
-        if first != self._first:
-            asked = self._asked
-            self._forget(first)
-            self._asked = asked
-        running = set()
-        for trial in trials[self._absorbed :]:
-            if trial.number in self._ahead or trial.state == TrialState.WAITING or trial.number == besides:
-                continue
-            node = self._follow(trial)
-            is_running = not trial.state.is_finished()
-            if is_running:
-                running.add(id(node))
-            if self._param in trial.params and (is_running or trial.constraints):
-                node.add(trial.number, self._probe(trial), self._interval(trial.distributions[self._param]))
-            elif trial.state == TrialState.FAIL:
-                node.drop(trial.number)
-            elif not is_running and self._param not in trial.params:
-                node.is_ruled_out = True
-            if not is_running:
-                self._ahead.add(trial.number)
-        absorbed = self._absorbed
-        while absorbed in self._ahead:
-            absorbed += 1
-        self._absorbed = absorbed  # at once: threads may be here together
-        return running
+        which = (study.study_name, trials[0].datetime_start if trials else None)
+        if which != self._study:
+            self._search: Search[tuple[Any, ...]] = Search(self._interval)
+            self._failures: defaultdict[tuple[Any, ...], set[int]] = defaultdict(set)
+            self._given_up: set[tuple[Any, ...]] = set()
+            self._ended: set[int] = set()
+            self._settled = 0  # trials below this number have ended
+            self._study = which
+        for trial in trials[self._settled :]:
+            if trial.number not in self._ended and trial.state != TrialState.WAITING:
+                self._take(trial, trial.state)
+                if trial.state.is_finished():
+                    self._ended.add(trial.number)
+        settled = self._settled
+        while settled in self._ended:
+            settled += 1
+        self._settled = settled  # at once: threads may be here together
 
-    def _follow(self, trial: FrozenTrial) -> _Node:
-        """The node that a trial has come to."""
-        node = self._root
-        for name, distribution in trial.distributions.items():
-            if name == self._param:
-                break
-            node.take(name, distribution)
-            node = node.children.setdefault(distribution.to_internal_repr(trial.params[name]), _Node())
-        return node
-
-    def _probe(self, trial: FrozenTrial) -> Probe:
-        constraints = trial.constraints.values()
-        return Probe(trial.params[self._param], max(constraints) <= 0 if constraints else None)
-
-    def _interval(self, distribution: BaseDistribution) -> Interval:
-        if not isinstance(distribution, FloatDistribution) or distribution.step is not None:
-            raise ValueError(f"{self._param} must be suggested as a float without step, got {distribution}")
-        return Interval(distribution.low, distribution.high, distribution.log, self._resolution, self._runs)
-
-    def _urgency(self, node: _Node | None, running: set[int], fixed: Mapping[str, Any]) -> Urgency:
-        """That of the most urgent cell under a node."""
-        if node is None:
-            return Urgency.NEW
-        if node.name is not None:
-            values = list(node.children) if node.name in self._fixed else node.values(fixed)
-            return min(self._urgency(node.children.get(value), running, fixed) for value in values)
-        if node.interval is not None:
-            urgency = node.proposal().urgency
-            return Urgency.RUNNING if id(node) in running and urgency < Urgency.RUNNING else urgency
-        if id(node) in running:
-            return Urgency.RUNNING
-        return Urgency.DONE if node.is_ruled_out else Urgency.NEW
+    def _take(self, trial: FrozenTrial, state: TrialState) -> None:
+        values = {**trial.system_attrs.get(CHOSEN, {}), **trial.params}
+        if not values.keys() >= {self._param, *self._space}:
+            return
+        cell = tuple(values[name] for name in self._space)
+        is_lost = state.is_finished() and not trial.constraints
+        stable = _is_feasible(trial) if trial.constraints else None
+        self._search.put(cell, trial.number, None if is_lost else Probe(values[self._param], stable))
+        is_ruled_out = self._param not in trial.params
+        if is_lost and not (is_ruled_out and state == TrialState.FAIL):
+            self._failures[cell].add(trial.number)
+            if is_ruled_out or len(self._failures[cell]) >= self._interval.runs:
+                self._given_up.add(cell)
 
 
-def _values(name: str, distribution: BaseDistribution) -> Sequence[float]:
-    """All values of a parameter, in Optuna's internal form."""
-    if isinstance(distribution, CategoricalDistribution):
-        return range(len(distribution.choices))
-    if isinstance(distribution, (IntDistribution, FloatDistribution)) and distribution.step is not None:
-        low, high, step = (Decimal(str(x)) for x in (distribution.low, distribution.high, distribution.step))
-        return [float(low + i * step) for i in range(int((high - low) / step) + 1)]
-    raise ValueError(f"{name} must have finitely many values, got {distribution}")
+def _fixed(study: Study, trial: FrozenTrial | None = None) -> dict[str, Any]:
+    """What a `PartialFixedSampler` fixes, and a trial's enqueued values."""
+    enqueued = trial.system_attrs.get("fixed_params", {}) if trial else {}
+    return {**getattr(study.sampler, "_fixed_params", {}), **enqueued}

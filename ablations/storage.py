@@ -7,13 +7,13 @@ import json
 import os
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 
 from optuna.exceptions import StorageInternalError
 from optuna.storages import BaseStorage, JournalStorage, RDBStorage
 from optuna.storages.journal import JournalFileBackend
-from sqlalchemy.engine import make_url
+from sqlalchemy.engine import URL, make_url
 from sqlalchemy.exc import IntegrityError, ProgrammingError, SQLAlchemyError
 from sqlalchemy.pool import NullPool
 
@@ -33,8 +33,7 @@ def opened(storage: str | None, folder: Path) -> Iterator[tuple[BaseStorage, boo
     last line that a killed process or a full disk left unfinished is cut off.
 
     Args:
-        storage: The path of a journal, the URL of a database (postgresql+psycopg://…), or None for a journal in the
-            folder.
+        storage: Path of a journal, URL of a database (postgresql+psycopg://…), or None for a journal in the folder.
         folder: The folder of the study's files.
 
     Yields:
@@ -44,24 +43,18 @@ def opened(storage: str | None, folder: Path) -> Iterator[tuple[BaseStorage, boo
         StorageError: The storage can't be reached or written to, is no journal, or another process has it; or what it
             is used for in the context fails.
     """
-    with _explained(storage, folder):
-        file = _file(storage, folder)
-        if file is None:
-            with _connected(storage, folder) as backend:
-                yield backend, False
-            return
-        file.parent.mkdir(parents=True, exist_ok=True)
-        with file.open("ab") as handle:
+    url, file = _parse(storage, folder)
+    with _explained(url, file), ExitStack() as stack:
+        if file is not None:
+            file.parent.mkdir(parents=True, exist_ok=True)
             try:
-                fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                fcntl.flock(stack.enter_context(file.open("ab")), fcntl.LOCK_EX | fcntl.LOCK_NB)
             except BlockingIOError as error:
-                raise StorageError(
-                    f"storage {file} is in use by another process; several may share a database such as PostgreSQL"
-                ) from error
-            if not _is_url(storage):
+                rule = "several may share a database such as PostgreSQL"
+                raise StorageError(f"storage {file} is in use by another process; {rule}") from error
+            if url is None:
                 _mend(file)
-            with _connected(storage, folder) as backend:
-                yield backend, True
+        yield stack.enter_context(_connected(url, file)), file is not None
 
 
 @contextmanager
@@ -71,68 +64,56 @@ def reading(storage: str | None, folder: Path) -> Iterator[BaseStorage]:
     Raises:
         StorageError: It does not exist, can't be reached or is no journal.
     """
-    with _explained(storage, folder):
-        file = _file(storage, folder)
+    url, file = _parse(storage, folder)
+    with _explained(url, file):
         if file is not None and not file.exists():
             raise StorageError(f"storage {file} does not exist: nothing has been run")
-        with _connected(storage, folder) as backend:
+        with _connected(url, file) as backend:
             yield backend
 
 
+def _parse(storage: str | None, folder: Path) -> tuple[URL | None, Path | None]:
+    """The URL if the storage is a database, and its local file if it has one."""
+    if storage is None or "://" not in storage:
+        return None, Path(storage or folder / JOURNAL)
+    try:
+        url = make_url(storage)
+    except (SQLAlchemyError, ValueError) as error:
+        raise StorageError("storage must be the path of a journal or the URL of a database, got neither") from error
+    return url, Path(url.database) if url.get_backend_name() == "sqlite" and url.database else None
+
+
 @contextmanager
-def _connected(storage: str | None, folder: Path) -> Iterator[BaseStorage]:
-    if storage is None or not _is_url(storage):
-        file = _file(storage, folder)
+def _explained(url: URL | None, file: Path | None) -> Iterator[None]:
+    """Turns what operating system, database driver and Optuna raise into a `StorageError`."""
+    try:
+        yield
+    except (OSError, SQLAlchemyError, StorageInternalError, ImportError) as error:
+        reason = str(error.__cause__ or error).strip().partition("\n")[0]
+        raise StorageError(f"storage {url.render_as_string() if url else file} can't be used: {reason}") from error
+
+
+@contextmanager
+def _connected(url: URL | None, file: Path | None) -> Iterator[BaseStorage]:
+    if url is None:
         try:
             journal = JournalStorage(JournalFileBackend(str(file)))
         except (ValueError, KeyError) as error:
             raise StorageError(f"storage {file} is no journal of Optuna, or is damaged: {error}") from error
         yield journal
         return
-    database = _database(storage)
+    address = url.render_as_string(hide_password=False)
+    for _ in range(3):
+        with suppress(IntegrityError, ProgrammingError):  # another parent makes the tables at the same moment
+            RDBStorage(address, {"poolclass": NullPool})  # which leaves no connection behind when it fails
+            break
+        time.sleep(0.5)
+    database = RDBStorage(address, {"pool_pre_ping": True})
     try:
         yield database
     finally:
         database.remove_session()
         database.engine.dispose()
-
-
-def _database(url: str) -> RDBStorage:
-    for _ in range(3):
-        with suppress(IntegrityError, ProgrammingError):  # another parent makes the tables at the same moment
-            RDBStorage(url, {"poolclass": NullPool})  # which leaves no connection behind when it fails
-            break
-        time.sleep(0.5)
-    return RDBStorage(url, {"pool_pre_ping": True})
-
-
-@contextmanager
-def _explained(storage: str | None, folder: Path) -> Iterator[None]:
-    """Turns what operating system, database driver and Optuna raise into a `StorageError`."""
-    try:
-        yield
-    except (OSError, SQLAlchemyError, StorageInternalError, ImportError) as error:
-        name = make_url(storage).render_as_string() if storage and _is_url(storage) else _file(storage, folder)
-        cause = error.__cause__ or error
-        reason = str(cause).strip().partition("\n")[0]
-        raise StorageError(f"storage {name} can't be used: {reason}") from error
-
-
-def _is_url(storage: str | None) -> bool:
-    return storage is not None and "://" in storage
-
-
-def _file(storage: str | None, folder: Path) -> Path | None:
-    """The local file, if it is one."""
-    if storage is None:
-        return folder / JOURNAL
-    if not _is_url(storage):
-        return Path(storage)
-    try:
-        url = make_url(storage)
-    except (SQLAlchemyError, ValueError) as error:
-        raise StorageError("storage must be the path of a journal or the URL of a database, got neither") from error
-    return Path(url.database) if url.get_backend_name() == "sqlite" and url.database else None
 
 
 def _mend(journal: Path) -> None:

@@ -57,7 +57,7 @@ def by_bisection(stable, seeds, low=1e-3, high=1.0):
     runs = []
     for seed in range(seeds):
         probes = []
-        while (value := next_probe(Interval(low, high), probes).value) is not None:
+        while (value := next_probe(Interval(low, high), probes)) is not None:
             probes.append(Probe(value, stable(math.log10(value), seed)))
         assert len(probes) <= 6
         runs += [result(p.value, p.stable, seed=seed) for p in probes]

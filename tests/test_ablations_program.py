@@ -263,11 +263,11 @@ def test_a_worker_that_takes_too_long_or_is_stopped_is_replaced(examples, monkey
     with Pool(study, examples, 1, [], time_limit=20.0) as pool:
         assert ask(pool, None) == Finished(None)
         assert ask(pool, sound).outcome.val_loss == 3.0
-        monkeypatch.setattr(pool, "_time_limit", 1.0)
+        monkeypatch.setattr(pool, "time_limit", 1.0)
         message = ask(pool, slow)
         assert isinstance(message, Crashed)
         assert "took longer than the time limit of 1 s" in message.error
-        monkeypatch.setattr(pool, "_time_limit", None)
+        monkeypatch.setattr(pool, "time_limit", None)
         monkeypatch.setattr("msign_lightning.ablations.launch.SILENCE", 10.0)
         message = ask(pool, stopped)
         assert isinstance(message, Crashed)

@@ -16,11 +16,12 @@ from optuna.storages.journal import JournalFileBackend
 from optuna.trial import TrialState
 
 from msign_lightning.ablations import FrontierSampler, frontier_of
-from msign_lightning.ablations.sampler import Interval, Probe, Proposal, Urgency, bracket, next_probe
+from msign_lightning.ablations.sampler import Interval, Probe, bracket, next_probe
 from tests.support import calls_of_functions
 
 LOW, HIGH, RUNS = 1e-3, 1.0, 6
 DECADES = Interval(LOW, HIGH, runs=RUNS)
+SPACE = {"period": [10, 100], "seed": [0, 1, 2]}
 
 
 @pytest.fixture(autouse=True)
@@ -31,9 +32,8 @@ def _quiet():
 def search(stable, interval=DECADES, probes=()):
     """Probes a cell, one run at a time, until nothing is left."""
     probes = [*probes]
-    while (proposal := next_probe(interval, probes)).value is not None:
-        assert proposal.urgency == (Urgency.BEGUN if probes else Urgency.NEW)
-        probes.append(Probe(proposal.value, stable(proposal.value)))
+    while (value := next_probe(interval, probes)) is not None:
+        probes.append(Probe(value, stable(value)))
     return probes
 
 
@@ -43,7 +43,7 @@ def log_bracket(probes):
 
 def is_resolved(probes, interval=DECADES):
     low, high = bracket((interval.units(probe.value), probe.stable) for probe in probes)
-    return high - low <= 1.0001 or low >= interval.width - 1e-6 or high <= 1e-6
+    return high - low <= 1.0001 or low >= interval.units(interval.high) - 1e-6 or high <= 1e-6
 
 
 @given(theta=st.floats(-3.3, 0.3), extra=st.lists(st.floats(-3.0, 0.0), max_size=2))
@@ -107,6 +107,10 @@ def test_what_is_stable_beyond_an_unstable_island_is_noticed():
 # Through Optuna
 
 
+def frontier_sampler(space=SPACE, **settings):
+    return FrontierSampler(space, **{"low": LOW, "high": HIGH, **settings})
+
+
 THETA = {(period, seed): -1.7 + 0.5 * (period == 10) + 0.07 * seed for period in (10, 100) for seed in range(3)}
 
 
@@ -142,7 +146,7 @@ def check(study):
 
 
 def test_a_study_resolves_all_cells_and_stops():
-    study = optuna.create_study(sampler=FrontierSampler("lr"))
+    study = optuna.create_study(sampler=frontier_sampler())
     study.optimize(run)
     cells = check(study)
     assert study.sampler.is_exhausted(study)
@@ -155,20 +159,20 @@ def test_it_goes_on_from_the_trials_alone(tmp_path):
     optuna.create_study(study_name="s", storage=backend)
     for _ in range(100):
         again = JournalStorage(JournalFileBackend(str(tmp_path / "journal.log")))
-        study = optuna.load_study(study_name="s", storage=again, sampler=FrontierSampler("lr"))
+        study = optuna.load_study(study_name="s", storage=again, sampler=frontier_sampler())
         if study.sampler.is_exhausted(study):
             break
         killed = study.ask()
         killed.suggest_categorical("period", [10, 100])
-        study.optimize(run, n_trials=1)
         study.tell(killed.number, state=TrialState.FAIL)
+        study.optimize(run, n_trials=1)
     check(study)
 
 
 @pytest.mark.parametrize("workers", [2, 4])
 def test_workers_take_other_cells_and_keep_to_the_runs(workers):
     rng = random.Random(workers)
-    study = optuna.create_study(sampler=FrontierSampler("lr"))
+    study = optuna.create_study(sampler=frontier_sampler())
     running = {}
     while True:
         while len(running) < workers and not study.sampler.is_exhausted(study):
@@ -194,7 +198,7 @@ def test_workers_take_other_cells_and_keep_to_the_runs(workers):
 
 def test_a_second_worker_on_a_single_cell_helps_whatever_the_first_finds():
     for first in (True, False):
-        study = optuna.create_study(sampler=FrontierSampler("lr"))
+        study = optuna.create_study(sampler=frontier_sampler({}))
         trials = [study.ask() for _ in range(2)]
         a, b = (trial.suggest_float("lr", LOW, HIGH, log=True) for trial in trials)
         assert a < b
@@ -214,13 +218,10 @@ def test_a_second_worker_on_a_single_cell_helps_whatever_the_first_finds():
         assert is_resolved(probes)
 
 
-def test_a_probe_that_may_be_worthless_is_called_speculative():
-    running = [Probe(0.01, True), Probe(0.5, False), Probe(0.1, None)]
-    for runs, urgency in ((RUNS, Urgency.SPECULATIVE), (RUNS + 1, Urgency.RUNNING)):
-        proposal = next_probe(DECADES._replace(runs=runs), running)
-        assert proposal.urgency == urgency
-        assert 0.01 < proposal.value < 0.1
-    assert next_probe(DECADES, [*running] * 2) == Proposal(None, Urgency.DONE)
+def test_a_probe_beside_a_running_one_takes_another_place():
+    finished, running = [Probe(0.01, True), Probe(0.5, False)], Probe(0.1, None)
+    assert 0.01 < next_probe(DECADES, [*finished, running]) < 0.1
+    assert next_probe(DECADES, [*finished, running] * 2) is None
 
 
 def test_processes_share_a_study(tmp_path):
@@ -229,9 +230,8 @@ def test_processes_share_a_study(tmp_path):
 import optuna
 from optuna.storages import JournalStorage
 from optuna.storages.journal import JournalFileBackend
-from msign_lightning.ablations import FrontierSampler
-from tests.test_ablations_sampler import run
-optuna.create_study(study_name="s", storage={storage}, load_if_exists=True, sampler=FrontierSampler("lr")).optimize(run)
+from tests.test_ablations_sampler import frontier_sampler, run
+optuna.create_study(study_name="s", storage={storage}, load_if_exists=True, sampler=frontier_sampler()).optimize(run)
 """
     root = Path(__file__).parent.parent
     processes = [subprocess.Popen([sys.executable, "-c", program], cwd=root) for _ in range(2)]
@@ -246,7 +246,7 @@ optuna.create_study(study_name="s", storage={storage}, load_if_exists=True, samp
 
 
 def test_a_failed_trial_is_asked_for_again_and_does_not_count():
-    study = optuna.create_study(sampler=FrontierSampler("lr"))
+    study = optuna.create_study(sampler=frontier_sampler())
 
     def objective(trial):
         distance = excess(trial)
@@ -268,7 +268,7 @@ def test_a_failed_trial_is_asked_for_again_and_does_not_count():
 
 @pytest.mark.parametrize("n_jobs", [1, 2])
 def test_a_diverged_trial_may_return_nan(n_jobs):
-    study = optuna.create_study(sampler=FrontierSampler("lr"))
+    study = optuna.create_study(sampler=frontier_sampler())
 
     def objective(trial):
         return 0.0 if run(trial) == 0 and max(trial.constraints.values()) <= 0 else math.nan
@@ -280,7 +280,7 @@ def test_a_diverged_trial_may_return_nan(n_jobs):
 
 
 def test_enqueued_trials_are_respected_and_count():
-    study = optuna.create_study(sampler=FrontierSampler("lr"))
+    study = optuna.create_study(sampler=frontier_sampler())
     study.enqueue_trial({"period": 100, "seed": 1, "lr": 0.017})
     study.enqueue_trial({"seed": 2})
     study.enqueue_trial({"seed": 2})
@@ -298,32 +298,48 @@ def test_enqueued_trials_are_respected_and_count():
     assert study.trials[-1].params == {"period": 10, "seed": 0, "lr": 0.5}
 
 
-def test_parameters_may_depend_on_others_and_settings_be_ruled_out():
+def test_enqueued_values_outside_of_the_search_space_are_respected_and_not_searched():
+    study = optuna.create_study(sampler=frontier_sampler({"seed": [0, 1]}))
+
     def objective(trial):
-        arm = trial.suggest_categorical("arm", ["adamw", "msign", "muon"])
-        if arm == "msign":
-            trial.suggest_float("keep", 0.1, 0.7, step=0.2)
-        seed = trial.suggest_categorical("seed", [0, 1])
-        if arm == "muon" and seed == 1:
-            raise optuna.TrialPruned
-        low, high = (0.1, 10.0) if arm == "muon" else (LOW, HIGH)
-        lr = trial.suggest_float("lr", low, high, log=True)
-        assert low <= lr <= high
-        trial.set_constraint("unstable", lr - 0.4)
+        trial.suggest_int("seed", 0, 5)
+        lr = trial.suggest_float("lr", LOW, HIGH, log=True)
+        trial.set_constraint("unstable", lr - 0.2)
         return lr
 
-    study = optuna.create_study(sampler=FrontierSampler("lr"))
+    study.enqueue_trial({"seed": 3})
+    study.enqueue_trial({"seed": 3, "lr": 0.1})
     study.optimize(objective)
-    cells = probes_of(study, ("arm", "keep", "seed"))
-    expected = {("adamw", None, 0), ("adamw", None, 1), ("muon", None, 0)}
-    expected |= {("msign", keep, seed) for keep in (0.1, 0.3, 0.5, 0.7) for seed in (0, 1)}
-    assert cells.keys() == expected
-    for probes in cells.values():
+    found = {f.params["seed"]: f for f in frontier_of(study)}
+    assert (found[3].runs, found[3].low) == (2, 0.1)
+    assert found.keys() == {0, 1, 3}
+    assert all(found[seed].low <= 0.2 <= found[seed].high < found[seed].low * 10**0.1001 for seed in (0, 1))
+
+
+def test_cells_that_a_trial_rules_out_are_given_up_at_once():
+    def objective(trial):
+        arm = trial.suggest_categorical("arm", ["adamw", "msign", "muon"])
+        seed = trial.suggest_categorical("seed", [0, 1])
+        keep = trial.suggest_float("keep", 0.1, 0.7, step=0.2)
+        if arm == "muon" and seed == 1:
+            raise optuna.TrialPruned
+        lr = trial.suggest_float("lr", LOW, HIGH, log=True)
+        trial.set_constraint("unstable", lr - 0.4 * keep)
+        return lr
+
+    space = {"seed": [0, 1], "keep": [0.1, 0.5], "arm": ["adamw", "msign", "muon"]}
+    study = optuna.create_study(sampler=frontier_sampler(space))
+    study.optimize(objective)
+    cells = probes_of(study, ("arm", "seed", "keep"))
+    ruled_out = {("muon", 1, 0.1), ("muon", 1, 0.5)}
+    assert cells.keys() == {*itertools.product(["adamw", "msign", "muon"], [0, 1], [0.1, 0.5])} - ruled_out
+    for (_, _, keep), probes in cells.items():
         assert len(probes) <= RUNS
         low, high = log_bracket(probes)
-        assert low <= math.log10(0.4) <= high
+        assert low <= math.log10(0.4 * keep) <= high
         assert high - low < 0.1001
-    assert [trial.params for trial in study.trials if trial.state == TrialState.PRUNED] == [{"arm": "muon", "seed": 1}]
+    pruned = [trial.params for trial in study.trials if trial.state == TrialState.PRUNED]
+    assert pruned == [{"arm": "muon", "seed": 1, "keep": keep} for keep in (0.1, 0.5)]
 
 
 @pytest.mark.parametrize("limit, end", [(100.0, HIGH), (1e-9, LOW)])
@@ -334,7 +350,7 @@ def test_stable_or_unstable_everywhere_is_known_from_the_end(limit, end):
         trial.set_constraint("unstable", lr - limit)
         return seed
 
-    study = optuna.create_study(sampler=FrontierSampler("lr"))
+    study = optuna.create_study(sampler=frontier_sampler({"seed": [0, 1]}))
     study.optimize(objective)
     for probes in probes_of(study, ("seed",)).values():
         assert any(probe.value == pytest.approx(end, rel=0.2) for probe in probes)
@@ -347,7 +363,7 @@ def test_a_linear_scale_is_bisected_in_its_own_units():
         trial.set_constraint("unstable", x - 0.77)
         return x
 
-    study = optuna.create_study(sampler=FrontierSampler("x", 0.125))
+    study = optuna.create_study(sampler=FrontierSampler({}, "x", low=-2.0, high=3.0, log=False, resolution=0.125))
     study.optimize(objective)
     low, high = bracket((trial.params["x"], trial.constraints["unstable"] <= 0) for trial in study.trials)
     assert low <= 0.77 <= high
@@ -356,7 +372,7 @@ def test_a_linear_scale_is_bisected_in_its_own_units():
 
 
 def test_what_is_asked_for_when_nothing_is_left_is_pruned():
-    study = optuna.create_study(sampler=FrontierSampler("lr"))
+    study = optuna.create_study(sampler=frontier_sampler())
     study.optimize(run)
     known = len(study.trials)
     study.optimize(run, n_trials=3)
@@ -370,14 +386,14 @@ def test_a_study_of_which_every_trial_fails_ends(n_jobs):
         excess(trial)
         raise RuntimeError
 
-    study = optuna.create_study(sampler=FrontierSampler("lr"))
+    study = optuna.create_study(sampler=frontier_sampler())
     study.optimize(objective, catch=(RuntimeError,), n_jobs=n_jobs)
     assert RUNS * len(THETA) <= len(study.trials) < RUNS * len(THETA) + n_jobs
 
 
 @pytest.mark.parametrize("n_jobs", [2, 4])
 def test_threads_keep_to_the_runs_and_end(n_jobs):
-    study = optuna.create_study(sampler=FrontierSampler("lr"))
+    study = optuna.create_study(sampler=frontier_sampler())
     study.optimize(run, n_jobs=n_jobs)
     assert all(found.runs <= RUNS and found.high / found.low < 2 for found in frontier_of(study))
     assert len(frontier_of(study)) == len(THETA)
@@ -385,7 +401,7 @@ def test_threads_keep_to_the_runs_and_end(n_jobs):
 
 @pytest.mark.filterwarnings("ignore:PartialFixedSampler is experimental")
 def test_what_a_partial_fixed_sampler_fixes_is_not_searched_over():
-    sampler = FrontierSampler("lr")
+    sampler = frontier_sampler()
     study = optuna.create_study(sampler=optuna.samplers.PartialFixedSampler({"seed": 1}, sampler))
     study.optimize(run)
     assert [found.params for found in frontier_of(study)] == [{"period": 10, "seed": 1}, {"period": 100, "seed": 1}]
@@ -407,7 +423,7 @@ def test_the_work_for_a_trial_hardly_grows_with_their_number():
             trial.set_constraint("unstable", trial.suggest_float("lr", LOW, HIGH, log=True) - 0.02)
             return 0.0
 
-        study = optuna.create_study(sampler=FrontierSampler("lr"))
+        study = optuna.create_study(sampler=frontier_sampler({"period": range(1, periods + 1)}))
         calls = calls_of_functions(lambda: study.optimize(objective))
         return calls / len(study.trials), len(study.trials)
 
@@ -443,27 +459,19 @@ def objective_with(suggest):
 @pytest.mark.parametrize(
     "suggest, message",
     [
-        (lambda t: t.suggest_int("lr", 1, 100), "lr must be suggested as a float without step, got Int"),
-        (lambda t: t.suggest_float("lr", 0, 1, step=0.1), "lr must be suggested as a float without step, got Float"),
-        (
-            lambda t: t.suggest_float("lr", 0.1, 0.12, log=True),
-            "resolution must not exceed the interval of lr, got 0.1",
-        ),
-        (lambda t: t.suggest_float("beta", 0, 1), "beta must have finitely many values, got FloatDistribution"),
-        (
-            lambda t: (t.suggest_float("lr", LOW, HIGH, log=True), t.suggest_int("seed", 0, 2)),
-            "lr must be suggested after all other parameters, got seed after it",
-        ),
+        (lambda t: t.suggest_int("lr", 1, 100), "lr must be suggested from FloatDistribution.*, got IntDistribution"),
+        (lambda t: t.suggest_float("lr", LOW, HIGH), "lr must be suggested from .*log=True.*, got .*log=False"),
+        (lambda t: t.suggest_float("beta", 0, 1), "search_space must hold all parameters but lr, got beta besides"),
     ],
 )
 def test_search_spaces_that_it_cannot_search(suggest, message):
-    study = optuna.create_study(sampler=FrontierSampler("lr"))
+    study = optuna.create_study(sampler=frontier_sampler())
     with pytest.raises(ValueError, match=message):
         study.optimize(objective_with(suggest))
 
 
 def test_a_trial_that_does_not_say_whether_it_is_stable_is_an_error():
-    study = optuna.create_study(sampler=FrontierSampler("lr"))
+    study = optuna.create_study(sampler=frontier_sampler())
     with pytest.raises(ValueError, match="trials must say by set_constraint whether they are stable, got none in 0"):
         study.optimize(lambda trial: trial.suggest_float("lr", LOW, HIGH, log=True))
     assert not study.sampler.is_exhausted(study)
@@ -476,10 +484,15 @@ def test_a_trial_that_does_not_say_whether_it_is_stable_is_an_error():
 @pytest.mark.parametrize(
     "settings, message",
     [
-        ({"resolution": 0.0}, "resolution must be positive and finite, got 0.0"),
+        ({"resolution": 0.0}, "resolution must be positive and at most the interval of lr, got 0.0"),
+        ({"low": 0.1, "high": 0.12}, "resolution must be positive and at most the interval of lr, got 0.1"),
+        ({"low": 2.0}, "low <= high"),
+        ({"low": 0.0}, "low > 0"),
         ({"runs": 0}, "runs must be at least 1, got 0"),
+        ({"space": {"seed": []}}, r"search_space must hold values of parameters besides lr, got seed: \[\]"),
+        ({"space": {"lr": [0.1]}}, r"search_space must hold values of parameters besides lr, got lr: \[0.1\]"),
     ],
 )
 def test_settings_out_of_range(settings, message):
     with pytest.raises(ValueError, match=message):
-        FrontierSampler("lr", **settings)
+        frontier_sampler(**settings)
