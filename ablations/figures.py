@@ -19,9 +19,9 @@ from matplotlib.lines import Line2D
 from matplotlib.ticker import LogLocator, NullFormatter
 
 from msign_lightning.ablations.cell import Group, show
-from msign_lightning.ablations.results import LEVEL, Boundary
+from msign_lightning.ablations.results import LEVEL, Boundary, Run
 from msign_lightning.ablations.results import survival as estimate_survival
-from msign_lightning.ablations.study import Bisect, Study
+from msign_lightning.ablations.study import Bisect, Grid, Study
 
 COLORS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9")  # Okabe and Ito's, for every eye
 GREY = "#777777"
@@ -211,6 +211,36 @@ def survival(table: pd.DataFrame, baseline: str) -> Figure:
         ax.set_xlabel("optimizer steps")
         ax.set_ylabel(f"share of runs not collapsed\n({LEVEL:.0%} interval)")
     return figure
+
+
+def curves(study: Study, runs: Sequence[Run], baseline: str) -> list[Drawing]:
+    """Loss and stable rank over the steps of a grid, a column for each learning rate, if one panel holds all groups."""
+    ours = [group for group in study.groups if any(run.outcome.ranks and run.cell.group == group for run in runs)]
+    ours.sort(key=lambda group: group.arm != baseline)
+    rates = sorted({run.cell.lr for run in runs})
+    if not isinstance(study.sampler, Grid) or not 0 < len(ours) <= len(COLORS) + 1:
+        return []
+    figure = Figure(figsize=(1 + 4.5 * len(rates), 7), layout="constrained")
+    axes = figure.subplots(2, len(rates), sharex=True, sharey="row", squeeze=False)
+    for (top, bottom), lr in zip(axes.T, rates, strict=True):
+        for group, color in zip(ours, (GREY, *COLORS), strict=False):
+            outcomes = [run.outcome for run in runs if run.cell.group == group and run.cell.lr == lr]
+            for ax, lines in ((top, [dict(o.curve) for o in outcomes]), (bottom, [dict(o.ranks) for o in outcomes])):
+                common = sorted(set.intersection(*map(set, lines))) if lines else []
+                if steps := [step for step in common if step > study.steps / 10]:
+                    values_ST = np.array([[line[step] for step in steps] for line in lines])
+                    ax.plot(steps, values_ST.mean(0), color=color, label=group.label)
+                    ax.fill_between(steps, values_ST.min(0), values_ST.max(0), color=color, alpha=0.2, linewidth=0)
+        top.set_title(f"peak learning rate {lr:g}", fontsize=SMALL + 2)
+        bottom.set_xlabel("optimizer steps")
+        bottom.set_yscale("log", base=2)
+        bottom.yaxis.set_major_formatter("{x:g}")
+    axes[0, 0].set_ylabel("training loss")
+    axes[1, 0].set_ylabel("stable rank of attention matrices")
+    handles, labels = axes[0, 0].get_legend_handles_labels()
+    figure.legend(handles, labels, loc="outside upper center", ncols=min(4, len(labels)), frameon=False, fontsize=SMALL)
+    caption = "Loss and stable rank over the steps, without the first tenth: mean, lowest and highest of the seeds."
+    return [Drawing("curves", caption, figure)]
 
 
 def _panels(

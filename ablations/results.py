@@ -53,7 +53,7 @@ def tabulate(runs: Iterable[Run]) -> pd.DataFrame:
     for name in ("val_loss", "final_loss", "max_grad_norm", "stable_rank", "diverged_at", "collapsed_at"):
         frame[name] = frame[name].astype(float)
     frame["clipped_loss"] = frame[["val_loss", "initial_loss"]].min(axis=1)
-    return frame.drop(columns="curve")
+    return frame.drop(columns=["curve", "ranks"])
 
 
 # --- verdicts ----------------------------------------------------------------------------------------------------

@@ -22,8 +22,7 @@ from lightning.pytorch.loggers import TensorBoardLogger
 from msign_lightning import Restoration
 from msign_lightning.ablations import program as programs
 from msign_lightning.ablations.cell import Cell, Outcome, plain
-from msign_lightning.ablations.methods import Arguments
-from msign_lightning.ablations.program import Progress, any_cell, outcome_of, stop_of
+from msign_lightning.ablations.program import Progress, metric_of, outcome_of
 from msign_lightning.ablations.reader import Where, near, read
 from msign_lightning.ablations.study import Study
 from msign_lightning.recipes import recipe_file
@@ -45,31 +44,26 @@ def train(study: Study, cell: Cell, folder: Path, progress: Progress | None = No
     recorder = Recorder(progress=progress)
     cli = _build(study, cell, folder)
     trainer, data = cli.trainer, cli.datamodule
-    trainer.callbacks.insert(0, recorder)  # type: ignore[attr-defined]
-    logger = _Scalars(folder, cell.folder, version="")
-    trainer.logger = logger
-    saver = _Leg(study, cell, Path(logger.log_dir), legs)
-    if legs > 1:
-        trainer.callbacks.append(saver)  # type: ignore[attr-defined]
+    trainer.logger = _Scalars(folder, cell.folder, version="")
+    log_dir = Path(trainer.logger.log_dir)
+    saver = _Leg(study, cell, log_dir, legs)
+    trainer.callbacks[:] = [recorder, *trainer.callbacks, *([saver] if legs > 1 else [])]  # type: ignore[attr-defined]
     begun = legs > 1 and saver.file.exists()
-    for file in [] if begun else Path(logger.log_dir).glob("events.out.tfevents.*"):
+    for file in [] if begun else log_dir.glob("events.out.tfevents.*"):
         file.unlink()
     limit, trainer.limit_val_batches = trainer.limit_val_batches, 0
     trainer.fit(cli.model, datamodule=data, ckpt_path=saver.file if begun else None)
     saver.file.unlink(missing_ok=True)
     if recorder.stopped:
         return None
-    val_loss = None
-    if recorder.diverged_at is None:
-        trainer.limit_val_batches = limit
-        val_loss = _validate(study, cli)
+    trainer.limit_val_batches = limit
     return outcome_of(
         [*enumerate(recorder.losses, start=1)],
-        val_loss,
+        _validate(study, cli) if recorder.diverged_at is None else None,
         study.stability,
         diverged_at=recorder.diverged_at,
         max_grad_norm=max(filter(math.isfinite, recorder.grad_norms), default=None),
-        stable_rank=next(reversed(recorder.stable_ranks.values()), None),
+        ranks=[*recorder.stable_ranks.items()],
         steps=recorder.steps,
         steps_per_second=recorder.steps_per_second,
         seconds=recorder.seconds,
@@ -103,14 +97,10 @@ class _Leg(pl.Callback):
 
 
 def _validate(study: Study, cli: LightningCLI) -> float:
-    found: dict[str, Any] = {}
-    for metrics in cli.trainer.validate(cli.model, datamodule=cli.datamodule, verbose=False):
-        found.update(metrics)
-    if study.metric not in found:
-        raise study.error(
-            f"metric must be one of what validation_step logs, {sorted(found)}, got {study.metric!r}", "metric"
-        )
-    return float(found[study.metric])
+    metrics: dict[str, float] = {}
+    for found in cli.trainer.validate(cli.model, datamodule=cli.datamodule, verbose=False):
+        metrics.update(found)
+    return metric_of(study, metrics, "validation_step logs")
 
 
 def check(study: Study) -> None:
@@ -124,7 +114,8 @@ def check(study: Study) -> None:
         parts = {group.arm, *group.factors}
         if parts <= checked:
             continue
-        cell = any_cell(study, group)
+        lr = study.factors["lr"][0] if "lr" in study.factors else study.sampler.low  # type: ignore[union-attr]
+        cell = group.cell(lr, study.seeds[0])  # type: ignore[arg-type]
         try:
             with _quiet():
                 cli = _build(study, cell)
@@ -138,18 +129,13 @@ def check(study: Study) -> None:
                     cli.datamodule.setup("fit")
                     checked.add(data)
                 if not checked & set(study.arms):
-                    _rehearse(study, cell)
+                    cli = _build(study, cell, steps=1)
+                    cli.trainer.limit_val_batches = 1
+                    cli.trainer.fit(cli.model, datamodule=cli.datamodule)
+                    _validate(study, cli)
         except (ValueError, TypeError, ImportError, OSError, MisconfigurationException) as error:
             raise study.error(f"{group.label}: {error}", *_place(study, group.arm, str(error))) from error
         checked |= parts
-
-
-def _rehearse(study: Study, cell: Cell) -> None:
-    """One step and one batch of validation."""
-    cli = _build(study, cell, steps=1)
-    cli.trainer.limit_val_batches = 1
-    cli.trainer.fit(cli.model, datamodule=cli.datamodule)
-    _validate(study, cli)
 
 
 @contextmanager
@@ -173,45 +159,44 @@ def _build(study: Study, cell: Cell, folder: Path = Path(), *, steps: int | None
         ValueError: The program does not take a setting.
     """
     cls, file = _find(study)
+    is_recipe = issubclass(cls, RecipeCLI)
     settings: dict[str, Any] = {
         "seed_everything": cell.seed,
         "trainer.max_steps": steps or study.steps,
         "trainer.max_epochs": -1,
         "trainer.default_root_dir": str(folder),
         "trainer.logger": False,
+        **({"use_msign": False} if is_recipe else {}),
         **study.settings_of(cell),
     }
-    settings.pop("config", None)
-    if issubclass(cls, RecipeCLI):
-        settings["use_msign"] = False
-    else:
-        settings = {name: value for name, value in settings.items() if not name.startswith("msign.")}
+    given = [name for name in settings if name != "config" and (is_recipe or not name.startswith("msign."))]
+    given.sort(key=lambda name: name.count("."))  # a class must come before its own arguments
+    arguments = [] if file is None else [f"--config={file}"]
+    for name in given:
+        value = settings[name]
+        arguments.append(f"--{name}={value if isinstance(value, str) else json.dumps(plain(value))}")
 
     class Program(cls):  # type: ignore[valid-type, misc]
         def init_parser(self, **kwargs: Any) -> Any:
             return super().init_parser(**{**kwargs, "exit_on_error": False})
 
         def parse_arguments(self, parser: Any, args: Any) -> None:
-            base = parser.get_defaults() if file is None else parser.parse_path(str(file))
-            known = [name.replace(".init_args.", ".") for name in base.keys()]  # noqa: SIM118 (leaves, not branches)
-            self.config = base
-            # A class takes over the arguments that it shares with the last one: it must come before its own.
-            first = {name for name in settings if any(other.startswith(f"{name}.") for other in settings)}
-            for names in (first, settings.keys() - first):
-                try:
-                    self.config = parser.parse_object(_nested(settings, names), cfg_base=self.config)
-                except (ArgumentError, TypeError, KeyError) as error:
-                    hints = [near(name, known) for name in sorted(names) if name not in known]
-                    told = " ".join(str(error).split()) + next(filter(None, hints), "")
-                    raise ValueError(f"{study.program} can't be built: {told}") from error
+            try:
+                self.config = parser.parse_args(args)
+            except (ArgumentError, TypeError, KeyError) as error:
+                base = parser.get_defaults() if file is None else parser.parse_path(str(file))
+                known = [name.replace(".init_args.", ".") for name in base.keys()]  # noqa: SIM118 (leaves, not branches)
+                hints = [near(name, known) for name in sorted(given) if name not in known]
+                told = " ".join(str(error).split()) + next(filter(None, hints), "")
+                raise ValueError(f"{study.program} can't be built: {told}") from error
 
-    cli = Program(args={}, run=False, save_config_callback=None)
+    cli = Program(args=arguments, run=False, save_config_callback=None)
     callbacks = [callback for callback in cli.trainer.callbacks if not isinstance(callback, FRILLS)]
     arm = study.arm(cell.arm)
     if arm.callbacks is not None:
         callbacks += arm.callbacks({} if arm.until is None else _msign_arguments(study, cell, cli))
     cli.trainer.callbacks = callbacks
-    if not issubclass(cls, RecipeCLI):  # whose data have a generator of their own
+    if not is_recipe:  # whose data have a generator of their own
         pl.seed_everything(cell.seed, verbose=False)
     return cli
 
@@ -219,7 +204,6 @@ def _build(study: Study, cell: Cell, folder: Path = Path(), *, steps: int | None
 def _find(study: Study) -> tuple[type[LightningCLI], Path | None]:
     """The class of the command line, and the file with its configuration."""
     cls = programs.find(study)
-    config = study.settings.get("config")
     if cls is None:
         file = recipe_file(study.program)
         root = read(file).value
@@ -227,22 +211,10 @@ def _find(study: Study) -> tuple[type[LightningCLI], Path | None]:
         return (LightningCLI if isinstance(model, dict) and "class_path" in model else RecipeCLI), file
     if not issubclass(cls, LightningCLI):
         raise study.error(f"program must be a LightningCLI or a function, got the class {cls.__name__}", "program")
-    return cls, None if config is None else Path(str(config))
+    return cls, Path(str(study.settings["config"])) if "config" in study.settings else None
 
 
-def _nested(settings: Mapping[str, Any], names: Any) -> dict[str, Any]:
-    out: dict[str, Any] = {}
-    for name in settings:
-        if name in names:
-            *path, last = name.split(".")
-            part = out
-            for key in path:
-                part = part.setdefault(key, {})
-            part[last] = plain(settings[name])
-    return out
-
-
-def _msign_arguments(study: Study, cell: Cell, cli: LightningCLI) -> Arguments:
+def _msign_arguments(study: Study, cell: Cell, cli: LightningCLI) -> dict[str, Any]:
     """The arguments of an `MSignCallback`, with the last step at which it restores."""
     if isinstance(cli, RecipeCLI):
         arguments: dict[str, Any] = cli.config.msign.as_dict()
@@ -250,7 +222,7 @@ def _msign_arguments(study: Study, cell: Cell, cli: LightningCLI) -> Arguments:
         settings = study.settings_of(cell)
         arguments = {name[6:]: value for name, value in settings.items() if name.startswith("msign.")}
     period = arguments.setdefault("period", RestorationSettings().period)
-    return {**arguments, "stop": stop_of(study, cell.arm, period)}
+    return {**arguments, "stop": study.stop(cell.arm, period)}
 
 
 def _place(study: Study, arm: str, message: str) -> Where:

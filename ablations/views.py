@@ -44,7 +44,7 @@ from msign_lightning.ablations.study import Bisect, Grid, Study, Tpe
 from msign_lightning.recipes.provenance import provenance
 
 MISSING = "–"
-FIGURES = ("loss", "frontier", "frontier_map", "survival")
+FIGURES = ("curves", "loss", "frontier", "frontier_map", "survival")
 TEXTS = ("report.html", "report.md", "runs.csv", "results.csv", "frontier.csv")
 _LOWEST = 10
 """Runs in the table of a search."""
@@ -416,7 +416,10 @@ def report(study: Study, runs: Sequence[Run], folder: Path) -> list[Path]:
         StudyError: There are no runs, or the folder can't be written to.
     """
     found = find(study, runs)
-    drawings = figures.draw(study, found.table, found.boundaries, found.baseline)
+    drawings = [
+        *figures.curves(study, runs, found.baseline),
+        *figures.draw(study, found.table, found.boundaries, found.baseline),
+    ]
     ranked = not isinstance(study.sampler, Bisect) and len(found.table.dropna(subset="val_loss"))
     tables = [
         *([best_table(found)] if ranked else []),

@@ -105,7 +105,7 @@ class TestStudyFiles:
             ("name: narrow, ", "", 6, "name is missing"),
             ("[3e-3, 0.03]", "[0.03, 0]", 8, "lr must be positive and finite, got 0"),
             ("[3e-3, 0.03]", "[.inf]", 8, "lr must be positive and finite, got inf"),
-            ("[3e-3, 0.03]", "[fast]", 8, "factors.lr[0] must be a number, got 'fast'"),
+            ("[3e-3, 0.03]", "[fast]", 8, "lr must be positive and finite, got 'fast'"),
             ("  lr: [3e-3, 0.03]\n", "", 7, "factors must hold lr for a grid"),
             ("  period: [5, 20]", "  perod: [5, 20]", 9, "unknown factor 'perod', did you mean period?"),
             ("  period: [5, 20]", "  period: []", 9, "period must hold at least one value, got []"),
