@@ -240,7 +240,7 @@ def _call(objective: Any, study: Study, cell: Cell, folder: Path, progress: Prog
 
 def _check_read(study: Study, cell: Cell, unread: set[str]) -> None:
     arm = study.arm(cell.arm)
-    is_known_by_name = arm.callbacks is not None and arm.until is None
+    is_known_by_name = arm.callback is not None and arm.until is None
     if ignored := sorted(unread - {"folder"} - (set() if is_known_by_name else {"arm"})):
         rule = f"{study.program} must read all settings of arm {cell.arm}, or they would change nothing"
         raise StudyError(f"{rule}; it has not read {', '.join(ignored)}")

@@ -127,21 +127,21 @@ class Study:
 
     def __post_init__(self) -> None:
         folder = self.name.isprintable() and "/" not in self.name and self.name.strip(". ") and len(self.name) <= 100
-        self._require(bool(folder), f"the name of a study must be usable as that of a folder, got {self.name!r}")
+        self._must(bool(folder), f"the name of a study must be usable as that of a folder, got {self.name!r}")
         rule = f"steps must be between {WINDOW} and {MOST_STEPS:,}, got {self.steps:.6g}"
-        self._require(WINDOW <= self.steps <= MOST_STEPS, rule, "steps")
+        self._must(WINDOW <= self.steps <= MOST_STEPS, rule, "steps")
         rule = f"must be the name of a recipe, a file, or package.module:name, got {self.program!r}"
         found = self.is_object or recipe_file(self.program).is_file()
-        self._require(found, f"program {rule}{near(self.program, recipe_names())}", "program")
+        self._must(found, f"program {rule}{near(self.program, recipe_names())}", "program")
         self._check_arms()
         self._check_values("seeds", "seed", self.seeds, "seeds")
         for i, seed in enumerate(self.seeds):
-            self._require(0 <= seed < 2**32, f"seeds must be between 0 and 2³² - 1, got {seed}", "seeds", i)
+            self._must(0 <= seed < 2**32, f"seeds must be between 0 and 2³² - 1, got {seed}", "seeds", i)
         self._check_settings(self.settings)
         self._check_factors()
         for name, value in self.stability._asdict().items():
             sound = value is None or 0 < value < math.inf or (value == 0 and name == "spikes_per_10k")
-            self._require(sound, f"{name} must be positive and finite, got {value}", "stability", name)
+            self._must(sound, f"{name} must be positive and finite, got {value}", "stability", name)
         self._check_sampler()
 
     @property
@@ -218,7 +218,7 @@ class Study:
         values["sampler"] = {"name": _name(self.sampler), **values["sampler"]}
         return values
 
-    def _require(self, ok: bool, message: str, *where: str | int) -> None:
+    def _must(self, ok: bool, message: str, *where: str | int) -> None:
         if not ok:
             raise self.error(message, *where)
 
@@ -226,20 +226,19 @@ class Study:
         self._check_values("arms", "arm", self.arms, "arms")
         for i, name in enumerate(self.arms):
             known = name in ARMS or name in self.variants
-            self._require(known, f"unknown arm {name!r}{near(name, ARMS)}", "arms", i)
+            self._must(known, f"unknown arm {name!r}{near(name, ARMS)}", "arms", i)
         for name, (base, settings) in self.variants.items():
             where = ("arms", list(self.arms).index(name)) if name in self.arms else ("arms",)
             rule = f"the name of a variant must be printable and not empty, got {name!r}"
-            self._require(name.isprintable() and bool(name.strip()), rule, *where)
-            rule = f"the name of a variant must not be that of an arm, got {name!r}"
-            self._require(name not in ARMS, rule, *where)
-            self._require(base in ARMS, f"unknown arm {base!r}{near(base, ARMS)}", *where, "base")
+            self._must(name.isprintable() and bool(name.strip()), rule, *where)
+            self._must(name not in ARMS, f"the name of a variant must not be that of an arm, got {name!r}", *where)
+            self._must(base in ARMS, f"unknown arm {base!r}{near(base, ARMS)}", *where, "base")
             self._check_settings(settings, *where)
 
     def _check_settings(self, settings: Mapping[str, Value], *where: str | int) -> None:
         for name in settings:
             self._check_name(name, *where, "settings", name)
-            self._require(name != "lr", "lr must be a factor, not a setting", *where, "settings", name)
+            self._must(name != "lr", "lr must be a factor, not a setting", *where, "settings", name)
 
     def _check_factors(self) -> None:
         set_by_settings = {self.setting_of(name) for name in self.settings}
@@ -248,21 +247,19 @@ class Study:
             self._check_values(name, "value", values, "factors", name)
             setting = self.setting_of(name)
             rule = f"{name} must be a factor or a setting, not both"
-            self._require(setting not in set_by_settings, rule, "factors", name)
+            self._must(setting not in set_by_settings, rule, "factors", name)
             concerned = any(self.arm(arm).concerned_by(setting) for arm in self.arms)
-            rule = f"the factor {name} concerns none of the arms {list(self.arms)}"
-            self._require(concerned, rule, "factors", name)
+            self._must(concerned, f"the factor {name} concerns none of the arms {list(self.arms)}", "factors", name)
         for i, lr in enumerate(self.factors.get("lr", ())):
-            sound = type(lr) in (int, float) and 0 < lr < 1e300  # type: ignore[operator]
-            self._require(sound, f"lr must be positive and finite, got {lr!r}", "factors", "lr", i)
+            sound = isinstance(lr, (int, float)) and lr is not True and 0 < lr < 1e300
+            self._must(sound, f"lr must be positive and finite, got {lr!r}", "factors", "lr", i)
         if "lr" in self.factors:
             rates = tuple(map(float, self.factors["lr"]))  # type: ignore[arg-type]
             object.__setattr__(self, "factors", {**self.factors, "lr": rates})
         given = self.settings if "period" in self.settings else {}
         for i, period in enumerate(self.factors.get("period", [given["period"]] if given else [])):
             where = "settings" if given else "factors", "period", i
-            rule = f"period must be a positive integer, got {period!r}"
-            self._require(type(period) is int and period > 0, rule, *where)
+            self._must(type(period) is int and period > 0, f"period must be a positive integer, got {period!r}", *where)
             for arm in self.arms:
                 if self.arm(arm).until is not None and self.arm(arm).concerned_by("msign.period"):
                     try:
@@ -273,41 +270,40 @@ class Study:
     def _check_sampler(self) -> None:
         sampler, name = self.sampler, _name(self.sampler)
         rule = f"prune must be false with {name}: it would bias comparisons, got true"
-        self._require(not self.prune or isinstance(sampler, Tpe), rule, "prune")
+        self._must(not self.prune or isinstance(sampler, Tpe), rule, "prune")
         if isinstance(sampler, Grid):
-            return self._require("lr" in self.factors, "factors must hold lr for a grid", "factors")
+            self._must("lr" in self.factors, "factors must hold lr for a grid", "factors")
+            return
         rule = f"lr must not be a factor with {name}, which has low and high"
-        self._require("lr" not in self.factors, rule, "factors", "lr")
+        self._must("lr" not in self.factors, rule, "factors", "lr")
         rule = f"low and high must be positive and finite, low below high, got {sampler.low} and {sampler.high}"
-        self._require(0 < sampler.low < sampler.high < math.inf, rule, "sampler", "low")
+        self._must(0 < sampler.low < sampler.high < math.inf, rule, "sampler", "low")
         for name, least in {"runs": 1, "trials": 1, "seed": 0}.items():
             value = getattr(sampler, name, least)
             rule = f"{name} must be {f'at least {least}' if value < least else 'below 2³¹'}, got {value:.12g}"
-            self._require(least <= value < 2**31, rule, "sampler", name)
+            self._must(least <= value < 2**31, rule, "sampler", name)
         if isinstance(sampler, Bisect):
             rule = f"resolution must be positive and at most the decades from low to high, got {sampler.resolution}"
             sound = 0 < sampler.resolution <= math.log10(sampler.high / sampler.low)
-            self._require(sound, rule, "sampler", "resolution")
-        return None
+            self._must(sound, rule, "sampler", "resolution")
 
     def _check_values(self, what: str, item: str, values: Sequence[Value], *where: str | int) -> None:
-        self._require(len(values) > 0, f"{what} must hold at least one {item}, got []", *where)
+        self._must(len(values) > 0, f"{what} must hold at least one {item}, got []", *where)
         seen: set[Value] = set()
         for i, value in enumerate(values):
             same = show(value) if isinstance(value, tuple) else value
-            self._require(same not in seen, f"{what} must not hold {show(value)} twice", *where, i)
+            self._must(same not in seen, f"{what} must not hold {show(value)} twice", *where, i)
             seen.add(same)
 
     def _check_name(self, name: str, *where: str | int) -> None:
         setting, short = self.setting_of(name), {"lr": self.lr, **SHORT_NAMES}
         for by, names in RESERVED.items():
-            rule = f"{name} must not be a factor or a setting: {by} sets it"
-            self._require(setting not in names, rule, *where)
+            self._must(setting not in names, f"{name} must not be a factor or a setting: {by} sets it", *where)
         known = f"known: {', '.join(short)}, and settings of the program by their dotted names"
         rule = f"unknown factor {name!r}{near(name, short)}; {known}"
-        self._require(name in short or "." in name or self.is_object, rule, *where)
+        self._must(name in short or "." in name or self.is_object, rule, *where)
         for own, long in short.items():
-            self._require(setting != long or name == own, f"{name} must be written {own}", *where)
+            self._must(setting != long or name == own, f"{name} must be written {own}", *where)
 
 
 def _name(sampler: Sampler) -> str:

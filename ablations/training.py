@@ -7,8 +7,7 @@ import json
 import logging
 import math
 from argparse import ArgumentError
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -30,6 +29,8 @@ from msign_lightning.recipes.recorder import Recorder
 from msign_lightning.recipes.train import RecipeCLI
 from msign_lightning.settings import RestorationSettings
 
+for _chatty in ("lightning.pytorch", "lightning.fabric"):  # say what they find on the machine for every cell
+    logging.getLogger(_chatty).setLevel(logging.WARNING)
 FRILLS = (Checkpoint, ProgressBar, ModelSummary)
 """Callbacks that a cell does without."""
 
@@ -117,39 +118,24 @@ def check(study: Study) -> None:
         lr = study.factors["lr"][0] if "lr" in study.factors else study.sampler.low  # type: ignore[union-attr]
         cell = group.cell(lr, study.seeds[0])  # type: ignore[arg-type]
         try:
-            with _quiet():
-                cli = _build(study, cell)
-                if not cli.trainer.limit_val_batches:
-                    raise ValueError("trainer.limit_val_batches must let a batch be validated, got 0")
-                for callback in cli.trainer.callbacks:  # type: ignore[attr-defined]
-                    callback.setup(cli.trainer, cli.model, "fit")
-                if study.arm(group.arm).until is not None:
-                    Restoration(cli.model, **_msign_arguments(study, cell, cli))
-                if cli.datamodule is not None and (data := str(cli.config.get("data"))) not in checked:
-                    cli.datamodule.setup("fit")
-                    checked.add(data)
-                if not checked & set(study.arms):
-                    cli = _build(study, cell, steps=1)
-                    cli.trainer.limit_val_batches = 1
-                    cli.trainer.fit(cli.model, datamodule=cli.datamodule)
-                    _validate(study, cli)
+            cli = _build(study, cell)
+            if not cli.trainer.limit_val_batches:
+                raise ValueError("trainer.limit_val_batches must let a batch be validated, got 0")
+            for callback in cli.trainer.callbacks:  # type: ignore[attr-defined]
+                callback.setup(cli.trainer, cli.model, "fit")
+            if study.arm(group.arm).until is not None:
+                Restoration(cli.model, **_msign_arguments(study, cell, cli))
+            if cli.datamodule is not None and (data := str(cli.config.get("data"))) not in checked:
+                cli.datamodule.setup("fit")
+                checked.add(data)
+            if not checked & set(study.arms):
+                cli = _build(study, cell, steps=1)
+                cli.trainer.limit_val_batches = 1
+                cli.trainer.fit(cli.model, datamodule=cli.datamodule)
+                _validate(study, cli)
         except (ValueError, TypeError, ImportError, OSError, MisconfigurationException) as error:
             raise study.error(f"{group.label}: {error}", *_place(study, group.arm, str(error))) from error
         checked |= parts
-
-
-@contextmanager
-def _quiet() -> Iterator[None]:
-    """Lightning says what it finds on the machine whenever a trainer is made."""
-    loggers = [logging.getLogger(name) for name in ("lightning.pytorch", "lightning.fabric")]
-    levels = [logger.level for logger in loggers]
-    for logger in loggers:
-        logger.setLevel(logging.WARNING)
-    try:
-        yield
-    finally:
-        for logger, level in zip(loggers, levels, strict=True):
-            logger.setLevel(level)
 
 
 def _build(study: Study, cell: Cell, folder: Path = Path(), *, steps: int | None = None) -> LightningCLI:
@@ -191,11 +177,10 @@ def _build(study: Study, cell: Cell, folder: Path = Path(), *, steps: int | None
                 raise ValueError(f"{study.program} can't be built: {told}") from error
 
     cli = Program(args=arguments, run=False, save_config_callback=None)
-    callbacks = [callback for callback in cli.trainer.callbacks if not isinstance(callback, FRILLS)]
+    kept = [callback for callback in cli.trainer.callbacks if not isinstance(callback, FRILLS)]
     arm = study.arm(cell.arm)
-    if arm.callbacks is not None:
-        callbacks += arm.callbacks({} if arm.until is None else _msign_arguments(study, cell, cli))
-    cli.trainer.callbacks = callbacks
+    msign = {} if arm.until is None else _msign_arguments(study, cell, cli)
+    cli.trainer.callbacks = [*kept, *arm.callbacks(**msign)]
     if not is_recipe:  # whose data have a generator of their own
         pl.seed_everything(cell.seed, verbose=False)
     return cli

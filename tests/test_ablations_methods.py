@@ -465,7 +465,7 @@ class TestTriggered:
             "--trainer.enable_progress_bar=false",
             "--trainer.enable_model_summary=false",
             "--trainer.limit_val_batches=0",
-            callbacks=[flatten, *ARMS["msign_triggered"].callbacks(msign)],
+            callbacks=[flatten, *ARMS["msign_triggered"].callbacks(**msign)],
         )
         recipe.trainer.fit(recipe.model, recipe.datamodule)
         assert flatten.ranks[4] < 2

@@ -294,7 +294,7 @@ class TestCells:
         study = make(arms=["wide", "cap"], variants=variants, factors=factors)
         wide = study.arm("wide")
         assert wide.settings == {"msign.rule": "cap", "msign.targets": "mlp", "model.config.width": 64}
-        assert (wide.until, wide.callbacks) == (ARMS["cap"].until, ARMS["cap"].callbacks)
+        assert (wide.until, wide.callback) == (ARMS["cap"].until, ARMS["cap"].callback)
         assert [g.label for g in study.groups] == ["wide (period=5)", "cap (period=5, targets=mlp)"]
 
     def test_the_key_is_that_of_earlier_versions(self):
