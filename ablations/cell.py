@@ -39,9 +39,7 @@ def show(value: Value) -> str:
 class Group:
     """The cells that differ in learning rate and seed alone.
 
-    Attributes:
-        arm: The method.
-        factors: Name and value of the factors that concern it, but "lr", sorted by name.
+    `arm` is the method, `factors` are name and value of the factors that concern it, but "lr", sorted by name.
     """
 
     arm: str
@@ -62,13 +60,7 @@ class Group:
 
 
 class Cell(NamedTuple):
-    """One training run.
-
-    Attributes:
-        arm: The method.
-        factors: Name and value of the factors that concern it, "lr" among them, sorted by name.
-        seed: Seed of initialisation and data.
-    """
+    """One training run: method, factors that concern it, "lr" among them, and seed of initialisation and data."""
 
     arm: str
     factors: Factors
@@ -83,9 +75,7 @@ class Cell(NamedTuple):
     @property
     def lr(self) -> float:
         """Peak learning rate."""
-        lr = dict(self.factors)["lr"]
-        assert isinstance(lr, float)
-        return lr
+        return float(dict(self.factors)["lr"])  # type: ignore[arg-type]
 
     @property
     def group(self) -> Group:
