@@ -38,7 +38,7 @@ $(VENV_DOCS)/.installed: docs/requirements.txt
 	touch $@
 
 demo: $(VENV)/.installed
-	$(BIN)/python -m msign_lightning.recipes.demo
+	$(BIN)/python -m msign_lightning.ablations run demo --folder runs
 
 test: $(VENV)/.installed
 	$(PYTEST_ENV) $(BIN)/python -m pytest $(PYTEST_OPTIONS)

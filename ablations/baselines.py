@@ -106,9 +106,7 @@ class Muon(pytorch_optimizer.Muon):
     ) -> None:
         groups = list(groups)
         if not all(isinstance(group, dict) and "name" in group for group in groups):
-            raise ValueError(
-                "groups must be parameter groups with a name, of which Muon trains those called matrices, got none"
-            )
+            raise ValueError("groups must have names, of which Muon trains those called matrices, got none")
         super().__init__(
             [{**group, "use_muon": group["name"] == "matrices"} for group in groups],
             lr=lr,

@@ -20,7 +20,9 @@ CURVE_POINTS = 50
 
 
 def plain(value: Any) -> Any:
-    """The value with dicts and lists for its mappings and tuples, for JSON."""
+    """The value with dicts and lists for its mappings and tuples, for JSON; a named tuple is a mapping."""
+    if hasattr(value, "_asdict"):
+        value = value._asdict()
     if isinstance(value, Mapping):
         return {name: plain(inner) for name, inner in value.items()}
     return [plain(inner) for inner in value] if isinstance(value, (list, tuple)) else value
@@ -37,9 +39,7 @@ def show(value: Value) -> str:
 class Group:
     """The cells that differ in learning rate and seed alone.
 
-    Attributes:
-        arm: The method.
-        factors: Name and value of the factors that concern it, but "lr", sorted by name.
+    `arm` is the method, `factors` are name and value of the factors that concern it, but "lr", sorted by name.
     """
 
     arm: str
@@ -60,13 +60,7 @@ class Group:
 
 
 class Cell(NamedTuple):
-    """One training run.
-
-    Attributes:
-        arm: The method.
-        factors: Name and value of the factors that concern it, "lr" among them, sorted by name.
-        seed: Seed of initialisation and data.
-    """
+    """One training run: method, factors that concern it, "lr" among them, and seed of initialisation and data."""
 
     arm: str
     factors: Factors
@@ -81,9 +75,7 @@ class Cell(NamedTuple):
     @property
     def lr(self) -> float:
         """Peak learning rate."""
-        lr = dict(self.factors)["lr"]
-        assert isinstance(lr, float)
-        return lr
+        return float(dict(self.factors)["lr"])  # type: ignore[arg-type]
 
     @property
     def group(self) -> Group:
@@ -115,10 +107,9 @@ class Criterion(NamedTuple):
     """When a run counts as stable: finite to its end, and all of what follows.
 
     Attributes:
-        max_loss: The validation metric must not exceed this bound, which is fixed before the study is run; None for no
-            bound.
+        max_loss: Bound on the validation metric, fixed before the study is run; None for no bound.
         delta: The last smoothed training loss must not exceed min(initial loss, lowest smoothed loss + delta).
-        spikes_per_10k: Spikes must not be more frequent than this many in 10,000 steps; None for no limit.
+        spikes_per_10k: Bound on the spikes in 10,000 steps; None for no limit.
         spike: A training loss this far above the median of the last 201 is a spike.
     """
 
@@ -141,24 +132,22 @@ class Criterion(NamedTuple):
 class Outcome(NamedTuple):
     """What a run gave. Divergence is an outcome. Losses are in nats per token, unless a program has other ones.
 
-    The smoothed loss is the mean of the last twenty training losses.
-
     Attributes:
         val_loss: The study's validation metric after the last step; None if the run diverged.
         initial_loss: The first training loss.
-        best_loss: Lowest smoothed loss.
+        best_loss: Lowest smoothed loss, a mean of the last twenty training losses.
         final_loss: Last smoothed loss; None if the run diverged.
         diverged_at: Step of the first loss that was not finite, or the last step if only the validation loss was not.
         collapsed_at: First step from which the smoothed loss stays above min(initial loss, best so far + `delta`) until
             the end, or `diverged_at` if it was below until then; None if it ends below: censored at `steps`.
         spikes: Number of times that the loss rose more than `spike` above the median of the last 201.
-        max_grad_norm: Largest finite norm of all gradients before clipping; None if there was none or it is not known.
-        stable_rank: Geometric mean of the stable ranks of the attention matrices at the end; None if the run diverged,
-            or there are none, or they are not known.
+        max_grad_norm: Largest finite norm of all gradients before clipping; None if it is not known.
+        stable_rank: Geometric mean over the attention matrices at the end; None if the run diverged or it is not known.
         steps: Optimizer steps done.
         steps_per_second: Of training, without start-up, validation and measurements.
         seconds: Of training, without validation and measurements.
         curve: Step and smoothed loss at about fifty steps.
+        ranks: Step and stable rank at about fifty steps, as far as they are known.
     """
 
     val_loss: float | None
@@ -174,16 +163,18 @@ class Outcome(NamedTuple):
     steps_per_second: float
     seconds: float
     curve: tuple[tuple[int, float], ...]
+    ranks: tuple[tuple[int, float], ...] = ()
 
     def as_dict(self) -> dict[str, Any]:
         """Plain values, for JSON."""
-        values: dict[str, Any] = plain(self._asdict())
+        values: dict[str, Any] = plain(self)
         return values
 
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> Outcome:
-        """The outcome that gave `as_dict`."""
-        return cls(**{**values, "curve": tuple((step, loss) for step, loss in values["curve"])})
+        """The outcome that gave `as_dict`, here or in an earlier version."""
+        points: dict[str, Any] = {n: tuple(map(tuple, v)) for n, v in values.items() if isinstance(v, list)}
+        return cls(**{**values, **points})
 
 
 def smooth(losses: Sequence[float]) -> list[float]:

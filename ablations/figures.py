@@ -11,6 +11,7 @@ import textwrap
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
+import numpy as np
 import pandas as pd  # type: ignore[import-untyped]
 from matplotlib.axes import Axes
 from matplotlib.colors import LogNorm
@@ -21,8 +22,8 @@ from matplotlib.transforms import ScaledTranslation
 
 from msign_lightning.ablations import results
 from msign_lightning.ablations.cell import Group
-from msign_lightning.ablations.results import Findings, factors_of
-from msign_lightning.ablations.study import Bisect, Grid
+from msign_lightning.ablations.results import Findings, Run, factors_of
+from msign_lightning.ablations.study import Bisect, Grid, Study
 
 COLORS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9", "#000000")  # Okabe and Ito's, for every eye
 DASHES = ("-", "--", ":", "-.")  # a round of the colours each
@@ -201,6 +202,36 @@ def _grey(table: pd.DataFrame, baseline: str) -> list[str]:
     groups = table["group"].unique()
     own = [group.label for group in groups if group.arm == baseline]
     return own if len(own) == 1 or len(groups) > MOST else []
+
+
+def curves(study: Study, runs: Sequence[Run], baseline: str) -> list[Drawing]:
+    """Loss and stable rank over the steps of a grid, a column for each learning rate, if one panel holds all groups."""
+    ours = [group for group in study.groups if any(run.outcome.ranks and run.cell.group == group for run in runs)]
+    ours.sort(key=lambda group: group.arm != baseline)
+    rates = sorted({run.cell.lr for run in runs})
+    if not isinstance(study.sampler, Grid) or not 0 < len(ours) <= MOST:
+        return []
+    figure = Figure(figsize=(1 + 4.5 * len(rates), 7), layout="constrained")
+    axes = figure.subplots(2, len(rates), sharex=True, sharey="row", squeeze=False)
+    for (top, bottom), lr in zip(axes.T, rates, strict=True):
+        for group, color in zip(ours, (GREY, *COLORS), strict=False):
+            outcomes = [run.outcome for run in runs if run.cell.group == group and run.cell.lr == lr]
+            for ax, lines in ((top, [dict(o.curve) for o in outcomes]), (bottom, [dict(o.ranks) for o in outcomes])):
+                common = sorted(set.intersection(*map(set, lines))) if lines else []
+                if steps := [step for step in common if step > study.steps / 10]:
+                    values_ST = np.array([[line[step] for step in steps] for line in lines])
+                    ax.plot(steps, values_ST.mean(0), color=color, label=group.label)
+                    ax.fill_between(steps, values_ST.min(0), values_ST.max(0), color=color, alpha=0.2, linewidth=0)
+        top.set_title(f"peak learning rate {lr:g}", fontsize=SMALL + 2)
+        bottom.set_xlabel("optimizer steps")
+        bottom.set_yscale("log", base=2)
+        bottom.yaxis.set_major_formatter("{x:g}")
+    axes[0, 0].set_ylabel("training loss")
+    axes[1, 0].set_ylabel("stable rank of attention matrices")
+    handles, labels = axes[0, 0].get_legend_handles_labels()
+    figure.legend(handles, labels, loc="outside upper center", ncols=min(4, len(labels)), frameon=False, fontsize=SMALL)
+    caption = "Loss and stable rank over the steps, without the first tenth: mean, lowest and highest of the seeds."
+    return [Drawing("curves", caption, figure)]
 
 
 def _panels(

@@ -18,22 +18,22 @@ let through.
 
 from __future__ import annotations
 
-import importlib
 import math
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections import UserDict
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from pathlib import Path
+from pkgutil import resolve_name
 from time import perf_counter
 from typing import Any
 
 from msign_lightning.ablations.cell import CURVE_POINTS, WINDOW, Cell, Criterion, Outcome, find_collapse, smooth
 from msign_lightning.ablations.reader import StudyError
-from msign_lightning.ablations.study import SHORT_NAMES, Grid, Study, last_application
+from msign_lightning.ablations.study import SHORT_NAMES, Study
 from msign_lightning.collapse import CollapseDetector
 
 Progress = Callable[[int, float], bool]
 """Step, smoothed training loss → whether to stop."""
-Objective = Callable[[Mapping[str, Any], Callable[[int, float], None]], float | Mapping[str, float]]
 
 
 def run_cell(study: Study, cell: Cell, folder: Path, progress: Progress | None = None, legs: int = 1) -> Outcome | None:
@@ -94,9 +94,8 @@ def find(study: Study) -> Any:
     """
     if not study.is_object:
         return None
-    module, _, name = study.program.partition(":")
     try:
-        program = getattr(importlib.import_module(module), name)
+        program = resolve_name(study.program)
     except (ImportError, AttributeError) as error:
         raise study.error(f"program must be package.module:name, got {study.program!r}: {error}", "program") from error
     if not callable(program):
@@ -104,33 +103,27 @@ def find(study: Study) -> Any:
     return program
 
 
-def any_cell(study: Study, group: Any) -> Cell:
-    """A cell of a group, with the first learning rate and seed."""
-    lr = study.factors["lr"][0] if isinstance(study.sampler, Grid) else study.sampler.low
-    cell: Cell = group.cell(lr, study.seeds[0])
-    return cell
-
-
-def stop_of(study: Study, arm: str, period: int) -> int:
-    """The last step at which an arm restores.
+def metric_of(study: Study, metrics: Mapping[str, Any], giver: str) -> float:
+    """The study's metric among what the program gave.
 
     Raises:
-        ValueError: It would never.
+        StudyError: It is not there.
     """
-    stop = last_application(study.steps, period, study.arm(arm).until or 0.0)
-    if stop < period:
-        raise ValueError(f"steps must be enough to restore once before the last period of {period}, got {study.steps}")
-    return stop
-
-
-def count_spikes(losses: Sequence[float], spike: float) -> int:
-    """Number of "loss_spike" alarms of a `CollapseDetector` with this threshold."""
-    detector = CollapseDetector(spike=spike, z_score=None, stall=None)
-    return sum(len(detector.update(step, loss=loss)) for step, loss in enumerate(losses, start=1))
+    if study.metric not in metrics:
+        rule = f"metric must be one of what {giver}, {sorted(metrics)}, got {study.metric!r}"
+        raise study.error(rule, "metric")
+    return float(metrics[study.metric])
 
 
 def outcome_of(
-    points: Sequence[tuple[int, float]], val_loss: float | None, criterion: Criterion, **known: Any
+    points: Sequence[tuple[int, float]],
+    val_loss: float | None,
+    criterion: Criterion,
+    *,
+    diverged_at: int | None = None,
+    ranks: Sequence[tuple[int, float]] = (),
+    steps: int,
+    **known: Any,
 ) -> Outcome:
     """The outcome of a run: from step and training loss up to a divergence, the validation loss, and what is `known`.
 
@@ -139,117 +132,115 @@ def outcome_of(
     """
     if not points:
         raise ValueError("the loss of the first step must be finite, whatever the learning rate: got none")
-    steps, losses = zip(*points, strict=True)
-    diverged_at = known.pop("diverged_at", None)
     if val_loss is None or not math.isfinite(val_loss):
-        diverged_at, val_loss = diverged_at or known["steps"], None
+        diverged_at, val_loss = diverged_at or steps, None
+    numbers, losses = zip(*points, strict=True)
     smoothed = smooth(losses)
     collapse = find_collapse(smoothed, criterion.delta)
-    stride = -(-len(smoothed) // CURVE_POINTS)
-    shown = [*range(0, len(smoothed) - 1, stride), len(smoothed) - 1]
+    last = len(smoothed) - 1
     return Outcome(
         val_loss=val_loss,
         initial_loss=losses[0],
         best_loss=min(smoothed),
         final_loss=None if diverged_at is not None else smoothed[-1],
         diverged_at=diverged_at,
-        collapsed_at=diverged_at if collapse is None else steps[collapse],
+        collapsed_at=diverged_at if collapse is None else numbers[collapse],
         spikes=count_spikes(losses, criterion.spike),
         max_grad_norm=known.pop("max_grad_norm", None),
-        stable_rank=known.pop("stable_rank", None) if diverged_at is None else None,
-        curve=tuple((steps[i], smoothed[i]) for i in shown),
-        **{name: value for name, value in known.items() if name != "stable_rank"},
+        stable_rank=ranks[-1][1] if ranks and diverged_at is None else None,
+        steps=steps,
+        curve=tuple((numbers[i], smoothed[i]) for i in (*range(0, last, last // CURVE_POINTS + 1), last)),
+        ranks=tuple(ranks),
+        **known,
     )
 
 
-class CellSettings(Mapping[str, Any]):
+def count_spikes(losses: Sequence[float], spike: float) -> int:
+    """Number of "loss_spike" alarms of a `CollapseDetector` with this threshold."""
+    detector = CollapseDetector(spike=spike, z_score=None, stall=None)
+    return sum(len(detector.update(step, loss=loss)) for step, loss in enumerate(losses, start=1))
+
+
+# --- functions ---------------------------------------------------------------------------------------------------
+
+
+class CellSettings(UserDict[str, Any]):
     """The settings of a cell for a function; knows which have not been read."""
 
     def __init__(self, values: Mapping[str, Any]) -> None:
-        self._values = dict(values)
+        super().__init__(values)
         self.unread = set(values)
 
     def __getitem__(self, name: str) -> Any:
-        value = self._values[name]
         self.unread.discard(name)
-        return value
-
-    def __iter__(self) -> Iterator[str]:
-        return iter(self._values)
-
-    def __len__(self) -> int:
-        return len(self._values)
-
-
-class _EndedError(BaseException):
-    """Ends a function's run; no `except Exception` of its own holds it up."""
+        return super().__getitem__(name)
 
 
 def cell_settings(study: Study, cell: Cell, folder: Path) -> CellSettings:
     """What a function gets."""
     own = {long: short for short, long in {**SHORT_NAMES, "lr": study.lr}.items()}
-    values = {own.get(name, name): value for name, value in study.settings_of(cell).items()}
     settings: dict[str, Any] = {
         "arm": cell.arm,
         "seed": cell.seed,
         "steps": study.steps,
         "folder": folder / cell.folder,
-        **values,
     }
+    settings |= {own.get(name, name): value for name, value in study.settings_of(cell).items()}
     if study.arm(cell.arm).until is not None:
         settings.setdefault("period", 100)
-        settings["stop"] = stop_of(study, cell.arm, settings["period"])
+        settings["stop"] = study.stop(cell.arm, settings["period"])
     return CellSettings(settings)
 
 
-def _call(objective: Objective, study: Study, cell: Cell, folder: Path, progress: Progress | None) -> Outcome | None:
+class _EndedError(BaseException):
+    """Ends the training of a function; no `except Exception` of its own holds it up."""
+
+
+def _call(objective: Any, study: Study, cell: Cell, folder: Path, progress: Progress | None) -> Outcome | None:
     settings = cell_settings(study, cell, folder)
     points: list[tuple[int, float]] = []
-    ended: dict[str, int] = {}
     every = max(1, study.steps // CURVE_POINTS)
-    told = 0
+    told, pruned = 0, False
+    diverged_at: int | None = None
 
     def tell(step: int, loss: float) -> None:
-        nonlocal told
+        nonlocal told, diverged_at, pruned
         step, loss = int(step), float(loss)
         if points and step <= points[-1][0]:
             raise ValueError(f"progress must be told of rising steps, got {step} after {points[-1][0]}")
         if not math.isfinite(loss):
-            ended["diverged_at"] = step
+            diverged_at = step
             raise _EndedError
         points.append((step, loss))
         if progress is not None and (step >= told + every or step >= study.steps):
             told = step
             recent = [value for _, value in points[-WINDOW:]]
-            if progress(step, sum(recent) / len(recent)) and step < study.steps:
-                ended["pruned_at"] = step
+            pruned = progress(step, sum(recent) / len(recent)) and step < study.steps
+            if pruned:
                 raise _EndedError
 
     start = perf_counter()
-    metrics: float | Mapping[str, float] = math.nan
+    metrics: Any = None
     with suppress(_EndedError):
         metrics = objective(settings, tell)
     seconds = perf_counter() - start
-    if "pruned_at" in ended:
+    if pruned:
         return None
-    if "diverged_at" not in ended:
+    val_loss = None
+    if diverged_at is None:
         _check_read(study, cell, settings.unread)
-    if isinstance(metrics, Mapping):
-        if study.metric not in metrics:
-            rule = f"metric must be one of what {study.program} returns, {sorted(metrics)}"
-            raise study.error(f"{rule}, got {study.metric!r}", "metric")
-        metrics = metrics[study.metric]
-    val_loss = None if "diverged_at" in ended else float(metrics)
-    steps = ended.get("diverged_at", study.steps)
+        is_mapping = isinstance(metrics, Mapping)
+        val_loss = metric_of(study, metrics, f"{study.program} returns") if is_mapping else float(metrics)
+    steps = diverged_at or study.steps
     if not points and val_loss is not None and math.isfinite(val_loss):
         points.append((steps, val_loss))
-    speed = {"steps": steps, "seconds": seconds, "steps_per_second": steps / max(seconds, 1e-9)}
-    return outcome_of(points, val_loss, study.stability, **speed, diverged_at=ended.get("diverged_at"))
+    speed: dict[str, Any] = {"seconds": seconds, "steps_per_second": steps / max(seconds, 1e-9)}
+    return outcome_of(points, val_loss, study.stability, steps=steps, diverged_at=diverged_at, **speed)
 
 
 def _check_read(study: Study, cell: Cell, unread: set[str]) -> None:
     arm = study.arm(cell.arm)
-    only_by_name = arm.callbacks is not None and arm.until is None
-    if ignored := sorted(unread - {"folder"} - (set() if only_by_name else {"arm"})):
+    is_known_by_name = arm.callback is not None and arm.until is None
+    if ignored := sorted(unread - {"folder"} - (set() if is_known_by_name else {"arm"})):
         rule = f"{study.program} must read all settings of arm {cell.arm}, or they would change nothing"
         raise StudyError(f"{rule}; it has not read {', '.join(ignored)}")

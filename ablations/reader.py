@@ -1,4 +1,4 @@
-"""YAML into dataclasses, with errors that name file, line, rule and the value received.
+"""YAML into dataclasses and named tuples, with errors that name file, line, rule and the value received.
 
 Scalars are those of YAML 1.2: 3e-3 is a number, 010 is ten, and 1:30, yes and 2020-01-01 are text.
 """
@@ -7,8 +7,9 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from difflib import get_close_matches
+from inspect import signature
 from pathlib import Path
 from types import NoneType
 from typing import Any, NamedTuple, get_args, get_origin, get_type_hints
@@ -20,13 +21,14 @@ from msign_lightning.ablations.methods import Value
 Where = tuple[str | int, ...]
 MOST = 10_000
 """Parts of a file, those behind aliases included."""
-RULES: dict[object, str] = {
-    int: "a whole number",
-    float: "a number",
-    str: "a string",
-    bool: "true or false",
-    Value: "a string, a number, true or false, or a list of them",
+SCALARS: dict[object, tuple[tuple[type, ...], str]] = {
+    int: ((int,), "a whole number"),
+    float: ((int, float), "a number"),
+    str: ((str,), "a string"),
+    bool: ((bool,), "true or false"),
+    Value: ((str, int, float, bool), "a string, a number, true or false, or a list of them"),
 }
+"""Type to read → what YAML may give for it, and the rule in words."""
 
 
 class StudyError(ValueError):
@@ -37,7 +39,7 @@ class Source(NamedTuple):
     """Where something was read: a file, and the line of each part."""
 
     file: str
-    lines: Mapping[Where, int]
+    lines: dict[Where, int]
 
     def error(self, message: str, *where: str | int) -> StudyError:
         """The error, with file and line in front: "quick.yaml:12: seeds must hold at least one seed, got []"."""
@@ -61,44 +63,51 @@ class Node(NamedTuple):
         """A part of a mapping or list."""
         return Node(self.value[key], (*self.where, key), self.source)
 
-    def read(self, kind: Any) -> Any:
-        """The value as one of the types in `RULES`, a dict or tuple of them, or a class with annotated fields."""
-        value = self.value
-        if kind is Node:
-            return self
-        if get_origin(kind) is dict:
-            self._check(dict, "a mapping")
-            return {key: self.part(key).read(get_args(kind)[1]) for key in value}
-        if get_origin(kind) is tuple:
-            self._check(list, "a list")
-            return tuple(self.part(i).read(get_args(kind)[0]) for i in range(len(value)))
-        if kind == Value and isinstance(value, list):
-            return tuple(self.part(i).read(Value) for i in range(len(value)))
-        if kind not in RULES:
-            return self._read_fields(kind)
-        allowed: Any = {int: int, float: (int, float), str: str, bool: bool}.get(kind, (str, int, float))
-        if not isinstance(value, allowed) or (isinstance(value, bool) and kind in (int, float)) or value != value:
-            raise self.error(RULES[kind])
-        return value if kind is not float else float(value) if abs(value) < 1e300 else math.inf
-
-    def _check(self, kind: type, rule: str) -> None:
+    def parts(self, kind: Any, rule: str) -> dict[Any, Node]:
+        """All parts by key or index."""
         if not isinstance(self.value, kind):
             raise self.error(rule)
+        return {key: self.part(key) for key in (self.value if kind is dict else range(len(self.value)))}
 
-    def _read_fields(self, kind: Any) -> Any:
-        """A NamedTuple, from a mapping of its fields: those without a default must be there."""
-        required = [name for name in kind._fields if name not in kind._field_defaults]
-        self._check(dict, "a mapping")
-        for key in self.value:
-            if key not in kind._fields:
-                known = f"{near(key, kind._fields)}; known: {', '.join(kind._fields) or 'none'}"
-                raise self.source.error(f"unknown key {key!r}{known}", *self.where, key)
-        for key in required:
-            if key not in self.value:
-                raise self.source.error(f"{key} is missing", *self.where)
-        hints = get_type_hints(kind)
-        kinds = {name: get_args(hint)[0] if NoneType in get_args(hint) else hint for name, hint in hints.items()}
-        return kind(**{name: self.part(name).read(kinds[name]) for name in self.value})
+    def read(self, kind: Any) -> Any:
+        """The value as one of `SCALARS`, a mapping or sequence, a class, or one of several classes by their names."""
+        inner, origin = get_args(kind), get_origin(kind)
+        if origin is Mapping:
+            return {key: part.read(inner[1]) for key, part in self.parts(dict, "a mapping").items()}
+        if origin is Sequence:
+            return tuple(part.read(inner[0]) for part in self.parts(list, "a list").values())
+        if kind == Value and isinstance(self.value, list):
+            return self.read(Sequence[Value])
+        if kind in SCALARS:
+            types, rule = SCALARS[kind]
+            if type(self.value) not in types or self.value != self.value:
+                raise self.error(rule)
+            return self.value if kind is not float else float(self.value) if abs(self.value) < 1e300 else math.inf
+        if not inner:
+            return self.make(kind)
+        return self.read(inner[0]) if NoneType in inner else self._one_of({c.__name__.lower(): c for c in inner})
+
+    def make(self, cls: type, **given: Any) -> Any:
+        """An object of a class, from a mapping of those arguments that are not given."""
+        known = {name: p for name, p in signature(cls).parameters.items() if name not in given}
+        parts, kinds = self.parts(dict, "a mapping"), get_type_hints(cls)
+        for key in parts:
+            if key not in known:
+                rule = f"unknown key {key!r}{near(key, known)}; known: {', '.join(known) or 'none'}"
+                raise self.source.error(rule, *self.where, key)
+        for name, parameter in known.items():
+            if parameter.default is parameter.empty and name not in parts:
+                raise self.source.error(f"{name} is missing", *self.where)
+        return cls(**given, **{name: part.read(kinds[name]) for name, part in parts.items()})
+
+    def _one_of(self, classes: Mapping[str, type]) -> Any:
+        """An object of the class with the "name" of the mapping, or with the name that is all of the value."""
+        parts = self.value if isinstance(self.value, dict) else {"name": self.value}
+        if parts.get("name") not in list(classes):
+            named = self.part("name") if parts is self.value and "name" in parts else self
+            raise named.error(f"one of {', '.join(classes)}")
+        rest = {key: value for key, value in parts.items() if key != "name"}
+        return self._replace(value=rest).make(classes[parts["name"]])
 
 
 def near(name: str, known: Iterable[str]) -> str:
@@ -129,42 +138,39 @@ def read(file: Path) -> Node:
     Raises:
         StudyError: It can't be read, is no YAML, or a key is there twice.
     """
-    lines: dict[Where, int] = {(): 1}
-    source = Source(str(file), lines)
+    source = Source(str(file), {(): 1})
     try:
         loader = _Loader(file.read_text(encoding="utf-8"))
         root = loader.get_single_node()
-        return Node(None if root is None else _construct(loader, root, (), source, lines), (), source)
+        return Node(None if root is None else _construct(loader, root, (), source), (), source)
     except (OSError, UnicodeDecodeError) as error:
         raise StudyError(f"{file}:1: a study must be a text file in UTF-8, got {error}") from error
     except yaml.YAMLError as error:
         mark = getattr(error, "problem_mark", None)
-        line = 1 if mark is None else mark.line + 1
         problem = getattr(error, "problem", None) or " ".join(str(error).split())
-        raise StudyError(f"{file}:{line}: {problem}") from error
+        raise StudyError(f"{file}:{1 if mark is None else mark.line + 1}: {problem}") from error
     except RecursionError as error:
         raise StudyError(f"{file}:1: parts must not hold themselves or be nested a thousand deep") from error
 
 
-def _construct(loader: _Loader, node: yaml.Node, where: Where, source: Source, lines: dict[Where, int]) -> Any:
-    """The node's value; the lines of all parts of it go to `lines`."""
+def _construct(loader: _Loader, node: yaml.Node, where: Where, source: Source) -> Any:
+    """The node's value; the lines of all parts of it go to `source`."""
+    lines = source.lines
     if len(lines) > MOST:
         raise source.error(f"a study must have at most {MOST:,} parts, what aliases stand for included, got more")
+    lines.setdefault(where, node.start_mark.line + 1)
     if isinstance(node, yaml.SequenceNode):
-        for i, item in enumerate(node.value):
-            lines[(*where, i)] = item.start_mark.line + 1
-        return [_construct(loader, item, (*where, i), source, lines) for i, item in enumerate(node.value)]
+        return [_construct(loader, item, (*where, i), source) for i, item in enumerate(node.value)]
     if not isinstance(node, yaml.MappingNode):
         try:
             return loader.construct_object(node)
         except ValueError as error:  # a number of thousands of digits
-            raise StudyError(f"{source.file}:{node.start_mark.line + 1}: {error}") from error
+            raise source.error(str(error), *where) from error
     values: dict[str, Any] = {}
     for key_node, item in node.value:
-        key = str(key_node.value)
-        first = lines.setdefault((*where, key), key_node.start_mark.line + 1)
+        key, line = str(key_node.value), key_node.start_mark.line + 1
         if key in values:
-            message = f"{key} is there twice, first in line {first}"
-            raise StudyError(f"{source.file}:{key_node.start_mark.line + 1}: {message}")
-        values[key] = _construct(loader, item, (*where, key), source, lines)
+            raise StudyError(f"{source.file}:{line}: {key} is there twice, first in line {lines[(*where, key)]}")
+        lines[(*where, key)] = line
+        values[key] = _construct(loader, item, (*where, key), source)
     return values

@@ -82,7 +82,7 @@ def find(study: Study, runs: Sequence[Run]) -> Findings:
 
 
 def tabulate(runs: Iterable[Run]) -> pd.DataFrame:
-    """A row for each run: key, group, lr, seed, stable, and the outcome but for its curve; NaN or NA where it has not.
+    """A row for each run: key, group, lr, seed, stable, and the outcome but for its curves; NaN or NA where it has not.
 
     A group is a `Group`; `factors_of` spreads it out.
     """
@@ -91,7 +91,11 @@ def tabulate(runs: Iterable[Run]) -> pd.DataFrame:
         for cell, outcome, stable in runs
     ]
     floats = dict.fromkeys(("val_loss", "final_loss", "max_grad_norm", "stable_rank"), float)
-    return pd.DataFrame(rows).drop(columns="curve").astype({**floats, "diverged_at": "Int64", "collapsed_at": "Int64"})
+    return (
+        pd.DataFrame(rows)
+        .drop(columns=["curve", "ranks"])
+        .astype({**floats, "diverged_at": "Int64", "collapsed_at": "Int64"})
+    )
 
 
 def factors_of(groups: Iterable[Group]) -> pd.DataFrame:

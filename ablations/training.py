@@ -7,8 +7,7 @@ import json
 import logging
 import math
 from argparse import ArgumentError
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -22,8 +21,7 @@ from lightning.pytorch.loggers import TensorBoardLogger
 from msign_lightning import Restoration
 from msign_lightning.ablations import program as programs
 from msign_lightning.ablations.cell import Cell, Outcome, plain
-from msign_lightning.ablations.methods import Arguments
-from msign_lightning.ablations.program import Progress, any_cell, outcome_of, stop_of
+from msign_lightning.ablations.program import Progress, metric_of, outcome_of
 from msign_lightning.ablations.reader import Where, near, read
 from msign_lightning.ablations.study import Study
 from msign_lightning.recipes import recipe_file
@@ -31,6 +29,8 @@ from msign_lightning.recipes.recorder import Recorder
 from msign_lightning.recipes.train import RecipeCLI
 from msign_lightning.settings import RestorationSettings
 
+for _chatty in ("lightning.pytorch", "lightning.fabric"):  # say what they find on the machine for every cell
+    logging.getLogger(_chatty).setLevel(logging.WARNING)
 FRILLS = (Checkpoint, ProgressBar, ModelSummary)
 """Callbacks that a cell does without."""
 
@@ -45,31 +45,26 @@ def train(study: Study, cell: Cell, folder: Path, progress: Progress | None = No
     recorder = Recorder(progress=progress)
     cli = _build(study, cell, folder)
     trainer, data = cli.trainer, cli.datamodule
-    trainer.callbacks.insert(0, recorder)  # type: ignore[attr-defined]
-    logger = _Scalars(folder, cell.folder, version="")
-    trainer.logger = logger
-    saver = _Leg(study, cell, Path(logger.log_dir), legs)
-    if legs > 1:
-        trainer.callbacks.append(saver)  # type: ignore[attr-defined]
+    trainer.logger = _Scalars(folder, cell.folder, version="")
+    log_dir = Path(trainer.logger.log_dir)
+    saver = _Leg(study, cell, log_dir, legs)
+    trainer.callbacks[:] = [recorder, *trainer.callbacks, *([saver] if legs > 1 else [])]  # type: ignore[attr-defined]
     begun = legs > 1 and saver.file.exists()
-    for file in [] if begun else Path(logger.log_dir).glob("events.out.tfevents.*"):
+    for file in [] if begun else log_dir.glob("events.out.tfevents.*"):
         file.unlink()
     limit, trainer.limit_val_batches = trainer.limit_val_batches, 0
     trainer.fit(cli.model, datamodule=data, ckpt_path=saver.file if begun else None)
     saver.file.unlink(missing_ok=True)
     if recorder.stopped:
         return None
-    val_loss = None
-    if recorder.diverged_at is None:
-        trainer.limit_val_batches = limit
-        val_loss = _validate(study, cli)
+    trainer.limit_val_batches = limit
     return outcome_of(
         [*enumerate(recorder.losses, start=1)],
-        val_loss,
+        _validate(study, cli) if recorder.diverged_at is None else None,
         study.stability,
         diverged_at=recorder.diverged_at,
         max_grad_norm=max(filter(math.isfinite, recorder.grad_norms), default=None),
-        stable_rank=next(reversed(recorder.stable_ranks.values()), None),
+        ranks=[*recorder.stable_ranks.items()],
         steps=recorder.steps,
         steps_per_second=recorder.steps_per_second,
         seconds=recorder.seconds,
@@ -103,14 +98,10 @@ class _Leg(pl.Callback):
 
 
 def _validate(study: Study, cli: LightningCLI) -> float:
-    found: dict[str, Any] = {}
-    for metrics in cli.trainer.validate(cli.model, datamodule=cli.datamodule, verbose=False):
-        found.update(metrics)
-    if study.metric not in found:
-        raise study.error(
-            f"metric must be one of what validation_step logs, {sorted(found)}, got {study.metric!r}", "metric"
-        )
-    return float(found[study.metric])
+    metrics: dict[str, float] = {}
+    for found in cli.trainer.validate(cli.model, datamodule=cli.datamodule, verbose=False):
+        metrics.update(found)
+    return metric_of(study, metrics, "validation_step logs")
 
 
 def check(study: Study) -> None:
@@ -124,46 +115,27 @@ def check(study: Study) -> None:
         parts = {group.arm, *group.factors}
         if parts <= checked:
             continue
-        cell = any_cell(study, group)
+        lr = study.factors["lr"][0] if "lr" in study.factors else study.sampler.low  # type: ignore[union-attr]
+        cell = group.cell(lr, study.seeds[0])  # type: ignore[arg-type]
         try:
-            with _quiet():
-                cli = _build(study, cell)
-                if not cli.trainer.limit_val_batches:
-                    raise ValueError("trainer.limit_val_batches must let a batch be validated, got 0")
-                for callback in cli.trainer.callbacks:  # type: ignore[attr-defined]
-                    callback.setup(cli.trainer, cli.model, "fit")
-                if study.arm(group.arm).until is not None:
-                    Restoration(cli.model, **_msign_arguments(study, cell, cli))
-                if cli.datamodule is not None and (data := str(cli.config.get("data"))) not in checked:
-                    cli.datamodule.setup("fit")
-                    checked.add(data)
-                if not checked & set(study.arms):
-                    _rehearse(study, cell)
+            cli = _build(study, cell)
+            if not cli.trainer.limit_val_batches:
+                raise ValueError("trainer.limit_val_batches must let a batch be validated, got 0")
+            for callback in cli.trainer.callbacks:  # type: ignore[attr-defined]
+                callback.setup(cli.trainer, cli.model, "fit")
+            if study.arm(group.arm).until is not None:
+                Restoration(cli.model, **_msign_arguments(study, cell, cli))
+            if cli.datamodule is not None and (data := str(cli.config.get("data"))) not in checked:
+                cli.datamodule.setup("fit")
+                checked.add(data)
+            if not checked & set(study.arms):
+                cli = _build(study, cell, steps=1)
+                cli.trainer.limit_val_batches = 1
+                cli.trainer.fit(cli.model, datamodule=cli.datamodule)
+                _validate(study, cli)
         except (ValueError, TypeError, ImportError, OSError, MisconfigurationException) as error:
             raise study.error(f"{group.label}: {error}", *_place(study, group.arm, str(error))) from error
         checked |= parts
-
-
-def _rehearse(study: Study, cell: Cell) -> None:
-    """One step and one batch of validation."""
-    cli = _build(study, cell, steps=1)
-    cli.trainer.limit_val_batches = 1
-    cli.trainer.fit(cli.model, datamodule=cli.datamodule)
-    _validate(study, cli)
-
-
-@contextmanager
-def _quiet() -> Iterator[None]:
-    """Lightning says what it finds on the machine whenever a trainer is made."""
-    loggers = [logging.getLogger(name) for name in ("lightning.pytorch", "lightning.fabric")]
-    levels = [logger.level for logger in loggers]
-    for logger in loggers:
-        logger.setLevel(logging.WARNING)
-    try:
-        yield
-    finally:
-        for logger, level in zip(loggers, levels, strict=True):
-            logger.setLevel(level)
 
 
 def _build(study: Study, cell: Cell, folder: Path = Path(), *, steps: int | None = None) -> LightningCLI:
@@ -173,47 +145,43 @@ def _build(study: Study, cell: Cell, folder: Path = Path(), *, steps: int | None
         ValueError: The program does not take a setting.
     """
     cls, files = _find(study)
+    is_recipe = issubclass(cls, RecipeCLI)
     settings: dict[str, Any] = {
         "seed_everything": cell.seed,
         "trainer.max_steps": steps or study.steps,
         "trainer.max_epochs": -1,
         "trainer.default_root_dir": str(folder),
         "trainer.logger": False,
+        **({"use_msign": False} if is_recipe else {}),
         **study.settings_of(cell),
     }
-    settings.pop("config", None)
-    if issubclass(cls, RecipeCLI):
-        settings["use_msign"] = False
-    else:
-        settings = {name: value for name, value in settings.items() if not name.startswith("msign.")}
+    given = [name for name in settings if name != "config" and (is_recipe or not name.startswith("msign."))]
+    given.sort(key=lambda name: name.count("."))  # a class must come before its own arguments
+    arguments = [f"--config={file}" for file in files]
+    for name in given:
+        value = settings[name]
+        arguments.append(f"--{name}={value if isinstance(value, str) else json.dumps(plain(value))}")
 
     class Program(cls):  # type: ignore[valid-type, misc]
         def init_parser(self, **kwargs: Any) -> Any:
             return super().init_parser(**{**kwargs, "exit_on_error": False})
 
         def parse_arguments(self, parser: Any, args: Any) -> None:
-            base = parser.parse_path(str(files[0])) if files else parser.get_defaults()
-            for file in files[1:]:
-                base = parser.parse_object(read(file).value, cfg_base=base)
-            known = [name.replace(".init_args.", ".") for name in base.keys()]  # noqa: SIM118 (leaves, not branches)
-            self.config = base
-            # A class takes over the arguments that it shares with the last one: it must come before its own.
-            first = {name for name in settings if any(other.startswith(f"{name}.") for other in settings)}
-            for names in (first, settings.keys() - first):
-                try:
-                    self.config = parser.parse_object(_nested(settings, names), cfg_base=self.config)
-                except (ArgumentError, TypeError, KeyError) as error:
-                    hints = [near(name, known) for name in sorted(names) if name not in known]
-                    told = " ".join(str(error).split()) + next(filter(None, hints), "")
-                    raise ValueError(f"{study.program} can't be built: {told}") from error
+            try:
+                self.config = parser.parse_args(args)
+            except (ArgumentError, TypeError, KeyError) as error:
+                base = parser.parse_path(str(files[0])) if files else parser.get_defaults()
+                known = [name.replace(".init_args.", ".") for name in base.keys()]  # noqa: SIM118 (leaves, not branches)
+                hints = [near(name, known) for name in sorted(given) if name not in known]
+                told = " ".join(str(error).split()) + next(filter(None, hints), "")
+                raise ValueError(f"{study.program} can't be built: {told}") from error
 
-    cli = Program(args={}, run=False, save_config_callback=None)
-    callbacks = [callback for callback in cli.trainer.callbacks if not isinstance(callback, FRILLS)]
+    cli = Program(args=arguments, run=False, save_config_callback=None)
+    kept = [callback for callback in cli.trainer.callbacks if not isinstance(callback, FRILLS)]
     arm = study.arm(cell.arm)
-    if arm.callbacks is not None:
-        callbacks += arm.callbacks({} if arm.until is None else _msign_arguments(study, cell, cli))
-    cli.trainer.callbacks = callbacks
-    if not issubclass(cls, RecipeCLI):  # whose data have a generator of their own
+    msign = {} if arm.until is None else _msign_arguments(study, cell, cli)
+    cli.trainer.callbacks = [*kept, *arm.callbacks(**msign)]
+    if not is_recipe:  # whose data have a generator of their own
         pl.seed_everything(cell.seed, verbose=False)
     return cli
 
@@ -232,19 +200,7 @@ def _find(study: Study) -> tuple[type[LightningCLI], list[Path]]:
     return cls, config
 
 
-def _nested(settings: Mapping[str, Any], names: Any) -> dict[str, Any]:
-    out: dict[str, Any] = {}
-    for name in settings:
-        if name in names:
-            *path, last = name.split(".")
-            part = out
-            for key in path:
-                part = part.setdefault(key, {})
-            part[last] = plain(settings[name])
-    return out
-
-
-def _msign_arguments(study: Study, cell: Cell, cli: LightningCLI) -> Arguments:
+def _msign_arguments(study: Study, cell: Cell, cli: LightningCLI) -> dict[str, Any]:
     """The arguments of an `MSignCallback`, with the last step at which it restores."""
     if isinstance(cli, RecipeCLI):
         arguments: dict[str, Any] = cli.config.msign.as_dict()
@@ -252,7 +208,7 @@ def _msign_arguments(study: Study, cell: Cell, cli: LightningCLI) -> Arguments:
         settings = study.settings_of(cell)
         arguments = {name[6:]: value for name, value in settings.items() if name.startswith("msign.")}
     period = arguments.setdefault("period", RestorationSettings().period)
-    return {**arguments, "stop": stop_of(study, cell.arm, period)}
+    return {**arguments, "stop": study.stop(cell.arm, period)}
 
 
 def _place(study: Study, arm: str, message: str) -> Where:

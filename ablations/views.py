@@ -27,7 +27,7 @@ from msign_lightning.recipes.provenance import provenance
 
 MISSING = "–"
 TEXTS = ("report.html", "report.md", "runs.csv", "results.csv", "frontier.csv")
-IMAGES = ("loss.png", "frontier.png", "frontier_map.png", "survival.png")
+IMAGES = ("curves.png", "loss.png", "frontier.png", "frontier_map.png", "survival.png")
 LOWEST = 10  # runs in the table of a search
 
 
@@ -192,7 +192,7 @@ def report(study: Study, runs: Sequence[Run], folder: Path) -> list[Path]:
         StudyError: There are no runs, or the folder can't be written to.
     """
     found = find(study, runs)
-    drawings = figures.draw(found)
+    drawings = [*figures.curves(study, runs, found.baseline), *figures.draw(found)]
     images = {drawing.name: _image(drawing, "png") for drawing in drawings}
     files = {
         "report.html": _page(found, drawings).encode(),

@@ -39,6 +39,7 @@ import lightning.pytorch as pl
 import matplotlib
 import numpy as np
 import torch
+from lightning.pytorch.loggers.logger import DummyLogger
 from torch import Tensor, nn
 from tqdm import tqdm
 
@@ -46,7 +47,7 @@ from msign_lightning import StabilityMonitor
 from msign_lightning.collapse import CollapseDetector
 from msign_lightning.recipes.module import LanguageModel
 from msign_lightning.recipes.provenance import provenance
-from msign_lightning.recipes.recorder import Recorder, Rows
+from msign_lightning.recipes.recorder import Recorder
 from msign_lightning.recipes.train import load_recipe
 
 matplotlib.use("Agg")
@@ -120,6 +121,17 @@ OFF: dict[str, Any] = dict.fromkeys(("spike", "z_score", "stall", "stable_rank",
 
 Readings = dict[int, dict[str, float]]
 """Metrics by optimizer step."""
+
+
+class Rows(DummyLogger):
+    """Keeps in memory what is logged: step → metrics."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.rows: Readings = {}
+
+    def log_metrics(self, metrics: Mapping[str, float], step: int | None = None) -> None:
+        self.rows.setdefault(step or 0, {}).update(metrics)
 
 
 class LargestLogit(pl.Callback):

@@ -28,7 +28,7 @@ from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
 from msign_lightning.jacobian import uncompiled
 from msign_lightning.matrices import gather
 from msign_lightning.spectrum import Spectrum, summarised
-from msign_lightning.targets import Group, Target
+from msign_lightning.targets import GroupName, Target
 
 __all__ = ["Alignment", "MatrixAlignment", "SpectralAlignment"]
 
@@ -47,7 +47,7 @@ class MatrixAlignment(NamedTuple):
     """
 
     name: str
-    group: Group
+    group: GroupName
     tokens: int
     sign_diversity: float
     mean: float
@@ -67,7 +67,7 @@ class Alignment:
     """
 
     names: tuple[str, ...]
-    groups: tuple[Group, ...]
+    groups: tuple[GroupName, ...]
     cumulative: Tensor
     sums: Tensor
     defined: Tensor
@@ -105,7 +105,7 @@ class Alignment:
         return metrics
 
 
-def _describe(name: str, group: Group, counts: Sequence[int], total: float, defined: bool) -> MatrixAlignment:
+def _describe(name: str, group: GroupName, counts: Sequence[int], total: float, defined: bool) -> MatrixAlignment:
     tokens = counts[-1]
     if not (defined and tokens):
         return MatrixAlignment(name, group, tokens, math.nan, math.nan)

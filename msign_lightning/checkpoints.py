@@ -29,7 +29,7 @@ from msign_lightning.linalg import Rule, check_options, top_singular_triplets
 from msign_lightning.recognition import find_candidates
 from msign_lightning.restoration import MatrixReport, Restorer
 from msign_lightning.spectrum import COLD_ITERATIONS
-from msign_lightning.targets import Cut, Group, Target, left_out, select_targets
+from msign_lightning.targets import Cut, GroupName, Target, left_out, select_targets
 
 __all__ = ["Measured", "Selection", "build", "measure", "restore_copy", "select"]
 
@@ -243,7 +243,7 @@ class Measured(NamedTuple):
     """One matrix of a checkpoint; `note` says what is wrong with it, values that could not be had are NaN."""
 
     name: str
-    group: Group
+    group: GroupName
     shape: tuple[int, int]
     stable_rank: float
     spectral_norm: float

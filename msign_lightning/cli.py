@@ -6,7 +6,6 @@ import json
 import math
 import os
 import re
-import runpy
 import shlex
 import sys
 import time
@@ -382,7 +381,8 @@ def _seconds(targets: Sequence[Target], device: torch.device, budget: float = 1.
 # --- the command -------------------------------------------------------------------------------------------------
 
 COMMANDS: Mapping[str, Callable[..., int]] = {"inspect": inspect, "restore": restore, "plan": plan}
-ELSEWHERE = {"ablate": "msign_lightning.ablations", "demo": "msign_lightning.recipes.demo"}
+ELSEWHERE = {"ablate": [], "demo": ["run", "demo", "--folder", "runs"]}
+"""Commands of `msign_lightning.ablations` → the first of their arguments there."""
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -390,9 +390,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     given = list(sys.argv[1:] if arguments is None else arguments)
     try:
         if given and given[0] in ELSEWHERE:
-            sys.argv[1:] = given[1:]
-            runpy.run_module(ELSEWHERE[given[0]], run_name="__main__", alter_sys=True)
-            return 0
+            from msign_lightning.ablations.__main__ import main as ablate  # with the packages of its extra
+
+            return ablate([*ELSEWHERE[given[0]], *given[1:]])
         need("checkpoints", "jsonargparse")
         name, options = _parse(given)
         return COMMANDS[name](**options)
@@ -416,7 +416,7 @@ def _parse(arguments: Sequence[str]) -> tuple[str, dict[str, Any]]:
         prog="msign",
         description="Stable ranks in checkpoints: look, plan, rescue.\n\nBesides there are, each with a --help:\n"
         "  msign ablate    ablation studies (python -m msign_lightning.ablations)\n"
-        "  msign demo      training with and without MSign (python -m msign_lightning.recipes.demo)",
+        "  msign demo      training with and without MSign, into runs/demo (the study demo)",
         formatter_class=Formatter,
     )
     commands = parser.add_subcommands(dest="command")

@@ -16,9 +16,9 @@ from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 from torch.nn.utils.parametrize import ParametrizationList
 
-__all__ = ["Candidate", "Cut", "Group", "find_candidates", "find_cut", "likely_pieces", "named_places"]
+__all__ = ["Candidate", "Cut", "GroupName", "find_candidates", "find_cut", "likely_pieces", "named_places"]
 
-Group = Literal["attention", "mlp", "other"]
+GroupName = Literal["attention", "mlp", "other"]
 
 
 @dataclass(frozen=True)
@@ -143,7 +143,7 @@ class Candidate:
     kind: str
 
     @property
-    def group(self) -> Group:
+    def group(self) -> GroupName:
         return "attention" if self.kind == "attention" else "mlp" if self.kind == "mlp" else "other"
 
     @property
@@ -255,7 +255,7 @@ def _kind(parameter: nn.Parameter, parts: tuple[str, ...], leaf: str, modules: t
     return group if is_stack and (is_named or leaf == "weight") else "other"
 
 
-def _group(name: str, parent: nn.Module, module: nn.Module) -> Group:
+def _group(name: str, parent: nn.Module, module: nn.Module) -> GroupName:
     """What a module of this name in its parent is: attention, an MLP or a layer of one, or neither."""
     if _is_attention(name, module):
         return "attention"

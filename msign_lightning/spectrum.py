@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from msign_lightning.linalg import top_singular_triplets
 from msign_lightning.matrices import Batch
 from msign_lightning.sharding import Ranks
-from msign_lightning.targets import Group, Target
+from msign_lightning.targets import GroupName, Target
 
 __all__ = ["MatrixSpectrum", "Spectrum", "SpectrumMonitor"]
 
@@ -31,7 +31,7 @@ class MatrixSpectrum(NamedTuple):
     """The top of one matrix's spectrum: all zero for a zero matrix, NaN for one that is not finite."""
 
     name: str
-    group: Group
+    group: GroupName
     stable_rank: float
     spectral_norm: float
     second_norm: float
@@ -51,7 +51,7 @@ class Spectrum:
     """
 
     names: tuple[str, ...]
-    groups: tuple[Group, ...]
+    groups: tuple[GroupName, ...]
     stable_ranks: Tensor
     spectral_norms: Tensor
     second_norms: Tensor

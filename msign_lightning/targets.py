@@ -19,11 +19,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from msign_lightning.recognition import Candidate, Cut, Group, find_candidates, find_cut, likely_pieces
+from msign_lightning.recognition import Candidate, Cut, GroupName, find_candidates, find_cut, likely_pieces
 
-__all__ = ["Cut", "EmptySelectionError", "Group", "Target", "format_targets", "left_out", "select_targets"]
+__all__ = ["Cut", "EmptySelectionError", "GroupName", "Target", "format_targets", "left_out", "select_targets"]
 
-PRESETS: Mapping[str, tuple[Group, ...]] = {
+PRESETS: Mapping[str, tuple[GroupName, ...]] = {
     "attention": ("attention",),
     "mlp": ("mlp",),
     "all_2d": ("attention", "mlp"),
@@ -55,7 +55,7 @@ class Target:
     parameter: nn.Parameter
     cut: Cut
     index: int
-    group: Group
+    group: GroupName
     full_shape: torch.Size = field(init=False, repr=False)
 
     def __post_init__(self) -> None:
@@ -209,7 +209,7 @@ def _select(
     chosen = []
     for index, label in enumerate(cut.labels):
         names = _piece_names(candidate, label)
-        group: Group = "mlp" if label == "mlp" else candidate.group  # fused with an attention
+        group: GroupName = "mlp" if label == "mlp" else candidate.group  # fused with an attention
         is_wanted = group in groups or _matches((*candidate.names, *names), globs)
         if is_wanted and not _matches(names, unwanted):
             chosen.append(Target(names[0], candidate.names[0], candidate.parameter, cut, index, group))

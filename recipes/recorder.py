@@ -1,4 +1,4 @@
-"""What a training run under Lightning gave: its losses, gradient norms and stable ranks, and what others logged."""
+"""What a training run under Lightning gave: its losses, gradient norms and stable ranks."""
 
 from __future__ import annotations
 
@@ -9,7 +9,6 @@ from typing import Any
 
 import lightning.pytorch as pl
 import torch
-from lightning.pytorch.loggers.logger import Logger
 from torch import Tensor
 from torch.nn.utils import get_total_norm
 
@@ -19,28 +18,6 @@ from msign_lightning.targets import EmptySelectionError
 
 POINTS = 50
 """Stable ranks are measured about so often."""
-
-
-class Rows(Logger):
-    """Keeps in memory what is logged: step → metrics."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.rows: dict[int, dict[str, float]] = {}
-
-    @property
-    def name(self) -> str:
-        return "rows"
-
-    @property
-    def version(self) -> int:
-        return 0
-
-    def log_hyperparams(self, *args: Any, **kwargs: Any) -> None:
-        pass
-
-    def log_metrics(self, metrics: Mapping[str, float], step: int | None = None) -> None:
-        self.rows.setdefault(step or 0, {}).update(metrics)
 
 
 class Recorder(pl.Callback):
@@ -129,8 +106,7 @@ class Recorder(pl.Callback):
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         pending = state_dict["pending"]
         self._losses, self._norms = ([torch.tensor(v) for v in pending[name]] for name in ("loss", "norm"))
-        for name in state_dict.keys() - {"pending"}:
-            setattr(self, name, state_dict[name])
+        vars(self).update({name: value for name, value in state_dict.items() if name != "pending"})
 
     def _bring(self, trainer: pl.Trainer) -> None:
         device = self._losses[-1].device  # others may come from a checkpoint

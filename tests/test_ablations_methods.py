@@ -2,6 +2,7 @@
 
 import json
 import math
+from itertools import pairwise
 from statistics import fmean, pvariance
 
 import lightning.pytorch as pl
@@ -13,7 +14,7 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 
 from msign_lightning import select_targets, stable_rank
 from msign_lightning.ablations import training
-from msign_lightning.ablations.baselines import Muon, ZClip
+from msign_lightning.ablations.baselines import Muon, SkipNonFinite, ZClip
 from msign_lightning.ablations.cell import Criterion, find_collapse, smooth
 from msign_lightning.ablations.methods import ARMS, Arm
 from msign_lightning.ablations.program import check, count_spikes, outcome_of, run_cell
@@ -239,7 +240,7 @@ class TestChecks:
             ({"factors": {"lr": [0.1], "model.config.n_heads": [2, 3]}}, "n_heads must divide width 32, got 3"),
             (
                 {"factors": {"lr": [0.1]}, "steps": 30},
-                "steps must be enough to restore once before the last period of 20, got 30",
+                "steps must be enough for msign to restore once before the last period of 20 steps, got 30",
             ),
             (
                 {"factors": {}, "sampler": Bisect(1.0, 2.0), "settings": {"trainer.precision": "9-bit"}},
@@ -357,6 +358,48 @@ class TestZClip:
         assert 0.5 < norms[30] < 1.5
 
 
+class TestSkipNonFinite:
+    @pytest.mark.parametrize("value", [math.inf, math.nan])
+    def test_a_step_with_infinite_gradients_leaves_the_weights_and_training_goes_on(self, tmp_path, value):
+        weights = []
+
+        class Module(pl.LightningModule):
+            """Its gradient is that of the batch; the one of the second parameter is always finite."""
+
+            def __init__(self):
+                super().__init__()
+                self.weight, self.other = (torch.nn.Parameter(torch.ones(3)) for _ in range(2))
+
+            def training_step(self, batch, batch_idx):
+                return (batch * self.weight).nan_to_num().sum() + self.other.sum()
+
+            def on_after_backward(self):
+                if self.global_step == 2:
+                    self.weight.grad[1] = value
+
+            def on_train_batch_end(self, *_):
+                weights.append(torch.cat([self.weight, self.other]).detach().clone())
+
+            def configure_optimizers(self):
+                return torch.optim.AdamW(self.parameters(), lr=0.1, weight_decay=0.1)
+
+        trainer = pl.Trainer(
+            max_steps=5,
+            callbacks=[SkipNonFinite()],
+            default_root_dir=tmp_path,
+            accelerator="cpu",
+            logger=False,
+            enable_checkpointing=False,
+            enable_progress_bar=False,
+            enable_model_summary=False,
+        )
+        trainer.fit(Module(), torch.utils.data.DataLoader(torch.ones(5, 3), batch_size=None))
+        changed = [bool((a != b).all()) for a, b in pairwise(weights)]
+        assert changed == [True, False, True, True]
+        assert torch.equal(weights[1], weights[2])
+        assert weights[-1].isfinite().all()
+
+
 class TestMuon:
     def test_matrices_by_muon_and_the_rest_by_adamw(self):
         torch.manual_seed(0)
@@ -422,7 +465,7 @@ class TestTriggered:
             "--trainer.enable_progress_bar=false",
             "--trainer.enable_model_summary=false",
             "--trainer.limit_val_batches=0",
-            callbacks=[flatten, *ARMS["msign_triggered"].callbacks(msign)],
+            callbacks=[flatten, *ARMS["msign_triggered"].callbacks(**msign)],
         )
         recipe.trainer.fit(recipe.model, recipe.datamodule)
         assert flatten.ranks[4] < 2

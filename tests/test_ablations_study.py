@@ -135,7 +135,7 @@ class TestStudyFiles:
             ("name: narrow, ", "", 6, "name is missing"),
             ("[3e-3, 0.03]", "[0.03, 0]", 8, "lr must be positive and finite, got 0"),
             ("[3e-3, 0.03]", "[.inf]", 8, "lr must be positive and finite, got inf"),
-            ("[3e-3, 0.03]", "[fast]", 8, "factors.lr[0] must be a number, got 'fast'"),
+            ("[3e-3, 0.03]", "[fast]", 8, "lr must be positive and finite, got 'fast'"),
             ("  lr: [3e-3, 0.03]\n", "", 7, "factors must hold lr for a grid"),
             ("  period: [5, 20]", "  perod: [5, 20]", 9, "unknown factor 'perod', did you mean period?"),
             ("  period: [5, 20]", "  period: []", 9, "period must hold at least one value, got []"),
@@ -324,7 +324,7 @@ class TestCells:
         study = make(arms=["wide", "cap"], variants=variants, factors=factors)
         wide = study.arm("wide")
         assert wide.settings == {"msign.rule": "cap", "msign.targets": "mlp", "model.config.width": 64}
-        assert (wide.until, wide.callbacks) == (ARMS["cap"].until, ARMS["cap"].callbacks)
+        assert (wide.until, wide.callback) == (ARMS["cap"].until, ARMS["cap"].callback)
         assert [g.label for g in study.groups] == ["wide (period=5)", "cap (period=5, targets=mlp)"]
 
     def test_the_key_is_that_of_earlier_versions(self):

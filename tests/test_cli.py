@@ -178,7 +178,7 @@ def test_plan_of_a_checkpoint_a_configuration_and_a_function(run, tmp_path, caps
 
 
 @pytest.mark.filterwarnings("ignore:.*found in sys.modules after import")  # where another test has imported it
-@pytest.mark.parametrize(("command", "usage"), [("ablate", "run,resume,report"), ("demo", "--seeds")])
+@pytest.mark.parametrize(("command", "usage"), [("ablate", "run,resume,report"), ("demo", "--workers")])
 def test_other_commands_are_handed_on(command, usage, capsys, monkeypatch):
     monkeypatch.setattr("sys.argv", ["msign"])
     with pytest.raises(SystemExit) as stop:
