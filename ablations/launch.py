@@ -231,8 +231,6 @@ def attend(pipe: Any, study: Study, folder: Path, gpu: str | None, legs: int) ->
             os.environ["CUDA_VISIBLE_DEVICES"] = gpu
         from msign_lightning.ablations.program import check, run_cell  # PyTorch reads the variables above
 
-        for chatty in ("lightning.pytorch", "lightning.fabric"):
-            logging.getLogger(chatty).setLevel(logging.WARNING)
         while True:
             if (cell := pipe.recv()) is None:
                 check(study)

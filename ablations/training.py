@@ -7,7 +7,8 @@ import json
 import logging
 import math
 from argparse import ArgumentError
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -29,12 +30,25 @@ from msign_lightning.recipes.recorder import Recorder
 from msign_lightning.recipes.train import RecipeCLI
 from msign_lightning.settings import RestorationSettings
 
-for _chatty in ("lightning.pytorch", "lightning.fabric"):  # say what they find on the machine for every cell
-    logging.getLogger(_chatty).setLevel(logging.WARNING)
 FRILLS = (Checkpoint, ProgressBar, ModelSummary)
 """Callbacks that a cell does without."""
 
 
+@contextmanager
+def _quiet() -> Iterator[None]:
+    """Lightning says what it finds on the machine whenever a trainer is made."""
+    loggers = [logging.getLogger(name) for name in ("lightning.pytorch", "lightning.fabric")]
+    levels = [logger.level for logger in loggers]
+    for logger in loggers:
+        logger.setLevel(logging.WARNING)
+    try:
+        yield
+    finally:
+        for logger, level in zip(loggers, levels, strict=True):
+            logger.setLevel(level)
+
+
+@_quiet()
 def train(study: Study, cell: Cell, folder: Path, progress: Progress | None = None, legs: int = 1) -> Outcome | None:
     """Trains one run on one thread: see `ablations.program.run_cell`.
 
@@ -104,6 +118,7 @@ def _validate(study: Study, cli: LightningCLI) -> float:
     return metric_of(study, metrics, "validation_step logs")
 
 
+@_quiet()
 def check(study: Study) -> None:
     """Builds the program of each arm and each factor's value, and trains and validates one batch of the first.
 

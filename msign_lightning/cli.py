@@ -13,6 +13,7 @@ from collections.abc import Callable, Mapping, Sequence
 from csv import writer
 from dataclasses import dataclass, field
 from html import escape
+from importlib import import_module
 from itertools import groupby
 from pathlib import Path
 from typing import Any
@@ -390,9 +391,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     given = list(sys.argv[1:] if arguments is None else arguments)
     try:
         if given and given[0] in ELSEWHERE:
-            from msign_lightning.ablations.__main__ import main as ablate  # with the packages of its extra
-
-            return ablate([*ELSEWHERE[given[0]], *given[1:]])
+            studies = import_module("msign_lightning.ablations.__main__")  # which needs the packages of its extra
+            return int(studies.main([*ELSEWHERE[given[0]], *given[1:]]))
         need("checkpoints", "jsonargparse")
         name, options = _parse(given)
         return COMMANDS[name](**options)

@@ -550,7 +550,7 @@ def undisturbed(file, tmp_path_factory):
     out, errors = finish(start("run", file, "--folder", folder, "--workers", 2))
     page = folder / "kill" / "report" / "report.html"
     assert out == f"12 cells done, 0 failed; logs in {folder / 'kill'}\nreport: {page}\n"
-    assert "12 runs of 60 steps" in page.read_text(encoding="utf-8")
+    assert "Runs of 60 steps: 12" in page.read_text(encoding="utf-8")
     assert errors.count("validation loss") == 12
     runs = results(load(file), folder=folder)
     assert {run.cell for run in runs} == set(load(file).cells.values())
@@ -721,7 +721,7 @@ def test_cells_by_themselves_make_a_study(file, tmp_path, undisturbed):
     done = {keys[0], keys[3]}
     assert measured(results(study, folder=tmp_path)) == {key: undisturbed[key] for key in done}
     out, _ = finish(start("report", file, *where))
-    assert "2 runs of 60 steps" in Path(out.splitlines()[0]).read_text()
+    assert "Runs of 60 steps: 2" in Path(out.splitlines()[0]).read_text()
     out, _ = finish(start("run", file, *where, "--dry-run"))
     assert out.count("done") == 3
     assert "10 to do\nabout " in out
