@@ -20,12 +20,12 @@ CURVE_POINTS = 50
 
 
 def plain(value: Any) -> Any:
-    """The value with dicts and lists for its mappings and tuples, for JSON; a named tuple is a mapping."""
+    """The value with dicts and lists for its mappings and sequences, for JSON; a named tuple is a mapping."""
     if hasattr(value, "_asdict"):
         value = value._asdict()
     if isinstance(value, Mapping):
         return {name: plain(inner) for name, inner in value.items()}
-    return [plain(inner) for inner in value] if isinstance(value, (list, tuple)) else value
+    return [plain(inner) for inner in value] if isinstance(value, Sequence) and not isinstance(value, str) else value
 
 
 def show(value: Value) -> str:
@@ -172,9 +172,10 @@ class Outcome(NamedTuple):
 
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> Outcome:
-        """The outcome that gave `as_dict`, here or in an earlier version."""
-        points: dict[str, Any] = {n: tuple(map(tuple, v)) for n, v in values.items() if isinstance(v, list)}
-        return cls(**{**values, **points})
+        """The outcome that gave `as_dict`, here or in an earlier version, among whatever else."""
+        own: dict[str, Any] = {name: values[name] for name in cls._fields if name in values}
+        own |= {name: tuple(map(tuple, own[name])) for name in ("curve", "ranks") if name in own}
+        return cls(**own)
 
 
 def smooth(losses: Sequence[float]) -> list[float]:

@@ -1,9 +1,10 @@
 """The cells of a study in an Optuna storage: what runs, what is done.
 
 Each training run of a cell is a trial. Its user attributes hold the cell's key ("cell") and content ("cell_spec"), who
-trains it ("parent") and what it gave ("outcome"), or "error" if it can't be trained: such a trial keeps running until
-its parent ends, so that nobody asks for the cell again before. Failed trials don't count. They have an "error", or
-"duplicate" because another trial has their cell, or neither: their parent was stopped. The next one trains them again.
+trains it ("parent") and what it gave (the fields of its `Outcome`), or "error" if it can't be trained: such a trial
+keeps running until its parent ends, so that nobody asks for the cell again before. Failed trials don't count. They have
+an "error", or "duplicate" because another trial has their cell, or neither: their parent was stopped. The next one
+trains them again.
 
 Several parents may share one database. Of trials that they add at the same moment for the same place (a cell of a grid,
 a group and seed of a bisection) the one with the lowest number is trained. A parent counts as dead once its sign of
@@ -184,7 +185,7 @@ class Ledger:
         """Writes down what a cell gave that was trained by itself, unless it is known."""
         self._absorb()
         if cell.key not in self._done:
-            attributes = {"parent": "by itself", "outcome": outcome.as_dict()}
+            attributes = {"parent": "by itself", **outcome.as_dict()}
             rest = {"value": _value(outcome), "constraints": {"unstable": self._excess(outcome)}}
             self._storage.add_trial(_trial(cell, TrialState.COMPLETE, attributes, **rest))
 
@@ -209,7 +210,8 @@ class Ledger:
             if outcome is None:
                 self._storage.tell(claim.trial, state=TrialState.PRUNED, skip_if_finished=True)
             else:
-                claim.trial.set_user_attr("outcome", outcome.as_dict())
+                for name, value in outcome.as_dict().items():
+                    claim.trial.set_user_attr(name, value)
                 claim.trial.set_constraint("unstable", self._excess(outcome))
                 self._storage.tell(claim.trial, _value(outcome), skip_if_finished=True)
         del self._claims[claim.trial.number]
@@ -252,7 +254,7 @@ class Ledger:
         trial = self._trials()[number]
         value, state = None, TrialState.FAIL
         if trial.constraints:  # written down last
-            value, state = _value(Outcome.from_dict(trial.user_attrs["outcome"])), TrialState.COMPLETE
+            value, state = _value(outcome_of(trial)), TrialState.COMPLETE
         with suppress(UpdateFinishedTrialError):  # by another parent, at the same moment
             self._storage.tell(number, value, state=state, skip_if_finished=True)
 
@@ -329,6 +331,11 @@ class Ledger:
 def cell_of(trial: FrozenTrial) -> Cell:
     """What a trial trains."""
     return Cell.from_dict(trial.user_attrs["cell_spec"])
+
+
+def outcome_of(trial: FrozenTrial) -> Outcome:
+    """What a finished trial gave; an earlier version wrote it as one attribute."""
+    return Outcome.from_dict(trial.user_attrs.get("outcome", trial.user_attrs))
 
 
 def _trial(cell: Cell, state: TrialState, attributes: Mapping[str, Any], **rest: Any) -> FrozenTrial:

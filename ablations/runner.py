@@ -23,7 +23,7 @@ from tqdm.contrib.logging import logging_redirect_tqdm
 from msign_lightning._extras import need
 from msign_lightning.ablations.cell import Cell, Outcome
 from msign_lightning.ablations.launch import Crashed, Finished, Pool, Progress, Worker
-from msign_lightning.ablations.ledger import Claim, Ledger, cell_of, changes_of, exists, find
+from msign_lightning.ablations.ledger import Claim, Ledger, cell_of, changes_of, exists, find, outcome_of
 from msign_lightning.ablations.reader import StudyError
 from msign_lightning.ablations.results import Run
 from msign_lightning.ablations.storage import JOURNAL, StorageError, opened, reading
@@ -168,8 +168,8 @@ def results(study: Study, *, storage: str | None = None, folder: Path = FOLDER) 
         with reading(storage, folder / study.name) as backend:
             trials = find(study, backend).get_trials(deepcopy=False, states=(TrialState.COMPLETE,))
         for trial in trials:
-            if "outcome" in trial.user_attrs and study.holds(cell := cell_of(trial)):
-                outcomes.setdefault(cell, Outcome.from_dict(trial.user_attrs["outcome"]))
+            if study.holds(cell := cell_of(trial)):
+                outcomes.setdefault(cell, outcome_of(trial))
     for cell, outcome in by_themselves.items():
         outcomes.setdefault(cell, outcome)
     return [Run(cell, outcome, study.stability.is_stable(outcome)) for cell, outcome in outcomes.items()]

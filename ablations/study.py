@@ -25,6 +25,7 @@ RESERVED = {
     "steps": ("steps", "trainer.max_steps", "trainer.max_epochs"),
     "the arm": ("arm", "use_msign", "msign.stop", "trainer.callbacks"),
     "the study": ("folder", "trainer.logger", "trainer.default_root_dir", "trainer.enable_checkpointing"),
+    "the storage": ("cell", "cell_spec", "parent", "error", "duplicate", "outcome"),
     "the outcome": ("key", "group", "stable", *Outcome._fields),
 }
 """What sets them → settings that a study file can't set."""

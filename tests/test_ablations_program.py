@@ -150,7 +150,10 @@ def test_a_function_gets_what_the_study_says(examples):
     assert folder.name.startswith("cap_first_half")
 
 
-@pytest.mark.parametrize(("name", "by"), [("seconds", "the outcome"), ("steps", "steps"), ("folder", "the study")])
+@pytest.mark.parametrize(
+    ("name", "by"),
+    [("seconds", "the outcome"), ("steps", "steps"), ("folder", "the study"), ("error", "the storage")],
+)
 def test_names_that_have_a_meaning_already(examples, name, by):
     with pytest.raises(StudyError, match=f"{name} must not be a factor or a setting: {by} sets it"):
         objective_study(examples, "", factors={"lr": [0.01], name: [1]})

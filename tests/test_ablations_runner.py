@@ -294,6 +294,7 @@ class TestLedger:
         assert stable.params == {"lr": 0.003, "seed": 0}
         assert (stable.user_attrs["arm"], stable.user_attrs["model.optimizer.betas"]) == ("adamw", "0.9,0.95")
         assert stable.intermediate_values == {10: 4.5, 20: 4.0}
+        assert {name: stable.user_attrs[name] for name in Outcome._fields} == outcome().as_dict()
         assert (stable.value, stable.constraints) == (2.0, {"unstable": -1.0})
         assert (diverged.value, diverged.constraints) == (10.0, {"unstable": 1.0})
         runs = results(cells, storage=str(tmp_path / JOURNAL))
@@ -307,7 +308,8 @@ class TestLedger:
         with opened(None, tmp_path) as (backend, alone):
             first = Ledger(cells, backend, alone=alone)
             claim = first.claim()
-            claim.trial.set_user_attr("outcome", DIVERGED.as_dict())
+            for name, value in DIVERGED.as_dict().items():
+                claim.trial.set_user_attr(name, value)
             claim.trial.set_constraint("unstable", 1.0)
         with opened(None, tmp_path) as (backend, alone):
             train_all(Ledger(cells, backend, alone=alone), trained)
@@ -317,6 +319,13 @@ class TestLedger:
             claim.cell,
             DIVERGED,
         )
+
+    def test_an_outcome_in_one_attribute_of_an_earlier_version_is_read(self, tmp_path):
+        with opened(None, tmp_path) as (backend, alone):
+            claim = Ledger(cells := study(), backend, alone=alone).claim()
+            claim.trial.set_user_attr("outcome", outcome().as_dict())
+            optuna.load_study(study_name=cells.name, storage=backend).tell(claim.trial, 2.0)
+        assert [run.outcome for run in results(cells, storage=str(tmp_path / JOURNAL))] == [outcome()]
 
     def test_a_loss_that_was_never_finite_has_a_finite_value(self, tmp_path):
         with opened(None, tmp_path) as (backend, alone):
