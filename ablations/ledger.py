@@ -159,6 +159,8 @@ class Ledger:
         now = time.monotonic()
         if now - self._last_beat < BEAT:
             return
+        if now - self._last_beat > GRACE / 2:  # this parent was held up, and so were others, perhaps
+            self._seen.clear()
         self._last_beat = now
         self._beats += 1
         self._storage.set_user_attr(f"parent:{self._parent}", self._beats)
@@ -170,9 +172,10 @@ class Ledger:
             beat = beats.get(parent)
             last, since = self._seen.get(parent, (None, now))
             self._seen[parent] = (beat, since if beat == last else now)
-            if self._alone or now - self._seen[parent][1] >= GRACE:
+            is_mine = parent == f"parent:{self._parent}"  # and unknown: its making was not answered
+            if self._alone or is_mine or now - self._seen[parent][1] >= GRACE:
                 self._fail(trial.number)
-                _log.warning("trial %d was left behind by a parent that is gone; it is trained again", trial.number)
+                _log.warning("trial %d, which no living parent trains, is trained again", trial.number)
 
     def claim(self) -> Claim | None:
         """A cell to train; None if there is none now."""

@@ -1,8 +1,8 @@
 """Up to which learning rate is training stable? Bisection, as a function and as an Optuna sampler.
 
 For a setting of all other parameters, called a cell, the search looks for the place where runs turn from stable to
-unstable: in at most six runs for 0.1 decades, where a grid over three decades needs 31. What to run next follows from
-the runs alone, by `next_probe`.
+unstable, by plain bisection: 0.1 decades of three take five runs. Runs that are left look for stable islands. What to
+run next follows from the runs alone, by `next_probe`.
 """
 
 from __future__ import annotations

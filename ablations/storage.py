@@ -4,21 +4,26 @@ from __future__ import annotations
 
 import fcntl
 import json
+import logging
 import os
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager, suppress
+from functools import wraps
 from pathlib import Path
+from typing import Any
 
 from optuna.exceptions import StorageInternalError
 from optuna.storages import BaseStorage, JournalStorage, RDBStorage
 from optuna.storages.journal import JournalFileBackend
 from sqlalchemy.engine import URL, make_url
-from sqlalchemy.exc import IntegrityError, ProgrammingError, SQLAlchemyError
+from sqlalchemy.exc import IntegrityError, OperationalError, ProgrammingError, SQLAlchemyError
 from sqlalchemy.pool import NullPool
 
 JOURNAL = "journal.log"
+PATIENCE = 600.0  # seconds for which a database server is asked again that has stopped answering
 _JOURNAL_BEGINS = b'{"op_code"'
+_log = logging.getLogger(__name__)
 
 
 class StorageError(RuntimeError):
@@ -41,7 +46,7 @@ def opened(storage: str | None, folder: Path) -> Iterator[tuple[BaseStorage, boo
 
     Raises:
         StorageError: The storage can't be reached or written to, is no journal, or another process has it; or what it
-            is used for in the context fails.
+            is used for in the context fails. A database server that has answered before is given ten minutes.
     """
     url, file = _parse(storage, folder)
     with _explained(url, file), ExitStack() as stack:
@@ -93,6 +98,44 @@ def _explained(url: URL | None, file: Path | None) -> Iterator[None]:
         raise StorageError(f"storage {url.render_as_string() if url else file} can't be used: {reason}") from error
 
 
+class _Server(RDBStorage):
+    """A database on a server, which is asked again, after growing pauses, while it does not answer: as it restarts.
+
+    What is written may be written twice then: a trial that no parent knows of.
+    """
+
+    _silent_since: float | None = None
+
+
+def _patient(method: Callable[..., Any]) -> Callable[..., Any]:
+    @wraps(method)
+    def ask(self: _Server, *args: Any, **kwargs: Any) -> Any:
+        pause = 0.1
+        while True:
+            try:
+                answer = method(self, *args, **kwargs)
+            except (StorageInternalError, SQLAlchemyError) as error:
+                reason = error.__cause__ or error
+                began = self._silent_since or time.monotonic()
+                if not isinstance(reason, OperationalError) or time.monotonic() - began > PATIENCE:
+                    raise
+                if self._silent_since is None:
+                    told = str(reason).partition("\n")[0]
+                    _log.warning("storage does not answer, and is asked again for %g s: %s", PATIENCE, told)
+                self._silent_since = began
+                time.sleep(pause)
+                pause = min(2 * pause, 10.0)
+            else:
+                self._silent_since = None
+                return answer
+
+    return ask
+
+
+for _name in (*BaseStorage.__abstractmethods__, "_get_trials", "_create_new_trial", "_set_trial_param"):
+    setattr(_Server, _name, _patient(getattr(RDBStorage, _name)))
+
+
 @contextmanager
 def _connected(url: URL | None, file: Path | None) -> Iterator[BaseStorage]:
     if url is None:
@@ -108,7 +151,7 @@ def _connected(url: URL | None, file: Path | None) -> Iterator[BaseStorage]:
             RDBStorage(address, {"poolclass": NullPool})  # which leaves no connection behind when it fails
             break
         time.sleep(0.5)
-    database = RDBStorage(address, {"pool_pre_ping": True})
+    database = (_Server if file is None else RDBStorage)(address, {"pool_pre_ping": True})
     try:
         yield database
     finally:

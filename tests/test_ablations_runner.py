@@ -142,7 +142,7 @@ def _quiet_optuna():
 
 @pytest.fixture(scope="module")
 def server():
-    """Address of a PostgreSQL server, Debian's package, on a folder of its own. It refuses to run as root."""
+    """A PostgreSQL server, Debian's package, on a folder of its own, as which root can't run it: address, control."""
     found = shutil.which("initdb") or next(map(str, sorted(Path("/usr/lib/postgresql").glob("*/bin/initdb"))), None)
     if found is None:
         pytest.skip("PostgreSQL is not installed: no initdb")
@@ -163,9 +163,14 @@ def server():
             subprocess.run(command, cwd="/", check=True, stdout=log, stderr=log, timeout=PATIENCE)
 
     call("initdb", "--username=optuna", "--auth=trust", "--no-sync", "--encoding=UTF8", "--locale=C")
-    call("pg_ctl", "-w", "-o", f"-F -p {port} -k {folder} -c listen_addresses=127.0.0.1", "start")
-    yield f"127.0.0.1:{port}"
-    call("pg_ctl", "-w", "-m", "immediate", "stop")
+    start = ("-o", f"-F -p {port} -k {folder} -c listen_addresses=127.0.0.1", "start")
+
+    def control(*arguments):
+        call("pg_ctl", "-w", *(start if arguments == ("start",) else arguments))
+
+    control("start")
+    yield f"127.0.0.1:{port}", control
+    control("-m", "immediate", "stop")
     shutil.rmtree(folder)
     (folder.parent / f"{folder.name}.log").unlink()
 
@@ -174,9 +179,10 @@ def server():
 def database(server, request):
     """URL of an empty database."""
     name = re.sub(r"\W", "_", request.node.name).lower()
-    with psycopg.connect(f"postgresql://optuna@{server}/postgres", autocommit=True) as connection:
+    address, _ = server
+    with psycopg.connect(f"postgresql://optuna@{address}/postgres", autocommit=True) as connection:
         connection.execute(f'CREATE DATABASE "{name}"')
-    return f"postgresql+psycopg://optuna@{server}/{name}"
+    return f"postgresql+psycopg://optuna@{address}/{name}"
 
 
 class TestStorage:
@@ -302,6 +308,15 @@ class TestLedger:
             (first.cell, outcome(), True),
             (second.cell, DIVERGED, False),
         ]
+
+    def test_a_trial_of_its_own_that_it_does_not_know_of_is_not_waited_for(self, tmp_path):
+        with opened(None, tmp_path) as (backend, _):
+            ledger = Ledger(study(), backend, alone=False)
+            known = ledger.claim().trial
+            (made_twice,) = trials_of(study(), backend)
+            backend.create_new_trial(known.study._study_id, made_twice)
+            ledger.keep_up()
+            assert [trial.state for trial in trials_of(study(), backend)] == [TrialState.RUNNING, TrialState.FAIL]
 
     def test_an_outcome_that_was_written_down_is_kept_if_its_parent_dies_before_the_trials_end(self, tmp_path):
         cells, trained = study(factors={}, sampler=Bisect(1e-3, 1, runs=1), seeds=[0]), []
@@ -628,6 +643,39 @@ def test_the_other_parent_takes_over_from_a_killed_one(file, tmp_path, database,
     assert measured(results(load(file), storage=database)) == undisturbed
     with reading(database, tmp_path) as backend:
         assert_each_cell_once(load(file), backend)
+
+
+def test_a_restart_of_the_server_ends_nothing(file, tmp_path, server, database, undisturbed):
+    where = ("--folder", tmp_path, "--storage", database, "--workers", 1)
+    parents = [start("run", file, *where), start("run", file, *where)]
+    wait_until(lambda: count_done(file, storage=database) >= 2)
+    _, control = server
+    control("-m", "immediate", "stop")
+    time.sleep(2)  # cells end meanwhile
+    control("start")
+    errors = "".join(finish(parent)[1] for parent in parents)
+    assert "storage does not answer" in errors
+    assert "is tried again" not in errors
+    assert measured(results(load(file), storage=database)) == undisturbed
+    with reading(database, tmp_path) as backend:
+        assert_each_cell_once(load(file), backend)
+
+
+def test_a_server_that_stays_away(tmp_path, server, database, monkeypatch):
+    monkeypatch.setattr("msign_lightning.ablations.storage.PATIENCE", 0.5)
+    _, control = server
+
+    def claim_without_it():
+        with opened(database, tmp_path) as (backend, alone):
+            ledger = Ledger(study(), backend, alone=alone)
+            control("-m", "fast", "stop")
+            ledger.claim()
+
+    try:
+        with pytest.raises(StorageError, match=r"can't be used: .*connection"):
+            claim_without_it()
+    finally:
+        control("start")
 
 
 def test_workers_stop_what_is_pruned(tmp_path):
