@@ -1,13 +1,21 @@
 """Studies on a Ray cluster; Ray is installed where Composer is."""
 
+import os
+import signal
+import subprocess
 import sys
+import time
+from contextlib import suppress
+from pathlib import Path
 
 import pytest
 import ray
 
 from msign_lightning.ablations.cluster import RayWorker
 from msign_lightning.ablations.launch import Crashed, Finished, Pool
+from msign_lightning.ablations.reader import StudyError
 from msign_lightning.ablations.runner import results, run
+from msign_lightning.ablations.storage import StorageError
 from msign_lightning.ablations.study import Study
 
 
@@ -29,6 +37,30 @@ def test_a_study_runs_on_a_cluster_and_survives_a_dead_actor(study, tmp_path):
     assert (tmp_path / "once").exists()
     found = {(run.cell.lr, run.cell.seed): run.outcome.val_loss for run in results(study, folder=tmp_path / "runs")}
     assert found == {(lr, seed): lr + seed for lr in (0.1, 0.2, 0.4) for seed in (0, 1)}
+
+
+def test_a_killed_parent_loses_and_doubles_nothing(study, tmp_path):
+    code = Path("mine.py").read_text().replace("os._exit(1)", "pass")
+    Path("mine.py").write_text("import time\n" + code.replace("    return", "    time.sleep(1)\n    return"))
+    Path("s.yaml").write_text(
+        "program: mine:objective\nsteps: 20\narms: [adamw]\nfactors: {lr: [0.1, 0.2, 0.4]}\nseeds: [0, 1]\n"
+    )
+    command = [sys.executable, "-m", "msign_lightning.ablations", "run", "s.yaml", "--launcher", "ray"]
+    with subprocess.Popen([*command, "--workers", "1", "--folder", "runs"], start_new_session=True) as parent:
+        while not (done := count_done(study)):
+            assert parent.poll() is None
+            time.sleep(0.1)
+        os.killpg(parent.pid, signal.SIGKILL)
+    assert done < 6
+    assert run(study, launcher="ray", workers=2, folder=Path("runs")) == (6, [])
+    losses = [(run.cell.lr, run.cell.seed, run.outcome.val_loss) for run in results(study, folder=Path("runs"))]
+    assert sorted(losses) == [(lr, seed, lr + seed) for lr in (0.1, 0.2, 0.4) for seed in (0, 1)]
+
+
+def count_done(study):
+    with suppress(StorageError, StudyError):  # not begun yet
+        return len(results(study, folder=Path("runs")))
+    return 0
 
 
 def test_an_actor_says_why_it_failed(study, tmp_path):

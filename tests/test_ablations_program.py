@@ -30,7 +30,7 @@ def examples(tmp_path, monkeypatch):
         (tmp_path / name).write_text(content)
     monkeypatch.chdir(tmp_path)
     monkeypatch.syspath_prepend(str(tmp_path))
-    for name in ("plain", "causal_lm", "with_composer", "mine"):
+    for name in ("plain", "causal_lm", "with_composer", "by_command", "mine"):
         monkeypatch.delitem(sys.modules, name, raising=False)
     return tmp_path
 
@@ -80,6 +80,24 @@ def test_the_composer_example_runs(examples):
     assert adamw.curve[:10] == msign.curve[:10]
     assert adamw.curve[10:] != msign.curve[10:], "restored after step 10"
     assert adamw.val_loss != msign.val_loss
+
+
+def test_a_command_is_a_program(examples):
+    (examples / "train.py").write_text(
+        "import json, sys\nsettings = json.loads(sys.argv[1])\nif settings['lr'] == 3: sys.exit(4)\n"
+        "for step in range(10, settings['steps'] + 1, 10):\n"
+        "    loss = float('nan') if settings['lr'] == 2 and step > 10 else 5.0 - settings['lr'] * step / 40\n"
+        "    print(json.dumps({'step': step, 'loss': loss}), flush=True)\n"
+        "print(json.dumps({'loss/val': loss, 'arm': settings['arm'], 'seed': settings['seed']}))\n"
+    )
+    study = Study("s", "by_command:objective", 40, ["adamw"], {"lr": [1.0, 2.0, 3.0]}, [0])
+    sound, lost, failing = study.cells.values()
+    outcome = run_cell(study, sound, examples)
+    assert outcome.val_loss == 4.0
+    assert [step for step, _ in outcome.curve] == [10, 20, 30, 40]
+    assert run_cell(study, lost, examples).diverged_at == 20
+    with pytest.raises(RuntimeError, match=r"train.py.* ended with exit status 4"):
+        run_cell(study, failing, examples)
 
 
 def test_a_subclass_of_lightning_cli_is_a_program(examples):

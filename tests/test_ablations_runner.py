@@ -1,5 +1,6 @@
 """The runner of studies: storages, cells shared by parents, and real processes that are killed."""
 
+import json
 import multiprocessing
 import os
 import random
@@ -484,21 +485,37 @@ def test_a_recipe_that_fails_at_start_leaves_nothing_behind(tmp_path):
 
 
 STUDY_FILE = """
-program: tiny/prose
 steps: 60
 arms: [adamw, msign]
 factors: {lr: [3e-3, 1e-2, 3e-2], period: [5]}
 seeds: [0, 1]
-settings:
+"""
+PROGRAMS = {
+    "recipe": f"program: tiny/prose\nsettings: {json.dumps(SMALL)}",
+    "lightning": "program: {folder}/causal_lm_program.yaml\nmetric: val_loss\nlr: model.lr",
+    "function": "program: slow:objective",
+}
+SLOW = """import time
+
+import plain
+
+
+def objective(settings, progress):
+    return plain.objective(settings, lambda step, loss: (progress(step, loss), time.sleep(0.01)))
 """
 
 
 @pytest.fixture(scope="module")
-def file(tmp_path_factory):
-    """A study of twelve cells, each of about a second."""
-    path = tmp_path_factory.mktemp("studies") / "kill.yaml"
-    path.write_text(STUDY_FILE + "".join(f"  {name}: {value}\n" for name, value in SMALL.items()))
-    return path
+def file(tmp_path_factory, request):
+    """A study of twelve cells, each of about a second: of a recipe, unless a test asks for another kind of program."""
+    folder = tmp_path_factory.mktemp("studies")
+    page = (ROOT / "docs" / "programs.md").read_text()
+    for name, content in re.findall(r"```(?:python|yaml)\n# (\S+\.(?:py|yaml))\n(.*?)```", page, re.DOTALL):
+        (folder / name).write_text(content)
+    (folder / "slow.py").write_text(SLOW)
+    program = PROGRAMS[getattr(request, "param", "recipe")]
+    (folder / "kill.yaml").write_text(STUDY_FILE + program.replace("{folder}", str(folder)))
+    return folder / "kill.yaml"
 
 
 STARTED = []
@@ -507,11 +524,12 @@ STARTED = []
 def start(*arguments):
     """A parent process, as at a terminal of its own, whose beats and patience with others are short."""
     script = (
-        "import sys; from ablations import ledger; ledger.BEAT, ledger.GRACE = 0.5, 5.0;"
+        "import sys; from msign_lightning.ablations import ledger; ledger.BEAT, ledger.GRACE = 0.5, 15.0;"
         "from msign_lightning.ablations.__main__ import main; sys.exit(main(sys.argv[1:]))"
     )
     command = [sys.executable, "-c", script, *map(str, arguments)]
-    environment = {**os.environ, "JSONARGPARSE_DEPRECATION_WARNINGS": "off"}
+    path = os.pathsep.join([str(Path(arguments[1]).parent), os.environ.get("PYTHONPATH", "")])
+    environment = {**os.environ, "JSONARGPARSE_DEPRECATION_WARNINGS": "off", "PYTHONPATH": path}
     pipe = subprocess.PIPE
     parent = subprocess.Popen(
         command, cwd=ROOT, env=environment, text=True, stdout=pipe, stderr=pipe, start_new_session=True
@@ -581,6 +599,7 @@ def undisturbed(file, tmp_path_factory):
     return measured(runs)
 
 
+@pytest.mark.parametrize("file", PROGRAMS, indirect=True, scope="module")
 def test_killed_workers_and_parents_lose_and_double_nothing(file, tmp_path, undisturbed):
     moment = random.Random(0)
     where = ("--folder", tmp_path, "--workers", 2)
