@@ -13,6 +13,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 import pandas as pd  # type: ignore[import-untyped]
+from matplotlib.artist import Artist
 from matplotlib.axes import Axes
 from matplotlib.colors import LogNorm
 from matplotlib.figure import Figure
@@ -53,7 +54,8 @@ def bound(boundary: Any) -> str:
 def draw(found: Findings) -> list[Drawing]:
     """The figures for which there are data. A bisection has none of the losses, whose learning rates it chose."""
     sampler, table = found.study.sampler, found.table
-    drawings = [] if isinstance(sampler, Bisect) else [loss(table, found.baseline, found.study.metric)]
+    has_rates = not isinstance(sampler, Bisect) and table["lr"].nunique() > 1
+    drawings = [loss(table, found.baseline, found.study.metric)] if has_rates else []
     if len(found.boundaries):
         drawings += [frontier(table, found.boundaries), *frontier_map(found.boundaries)]
     fatal = table["lr"].isin(found.results["lr"][found.results["n_collapsed"] > 0])
@@ -130,7 +132,7 @@ def frontier(table: pd.DataFrame, boundaries: pd.DataFrame) -> Drawing:
     ax.set_xlabel(f"highest stable learning rate LR_max\n(interval that holds it with probability {levels})")
     handles = [_marker("LR_max", "o", color), _marker("a bound only", "o", color, "white")]
     handles += [_marker("unstable run", "|", is_unstable), _marker("stable run", "|", is_stable)]
-    _legend(figure, handles, len(handles))
+    _legend(figure, handles)
     text = (
         "Up to which learning rate training is stable, with intervals; arrows where no run shows an end; † where a "
         "stable run is above an unstable one."
@@ -228,8 +230,7 @@ def curves(study: Study, runs: Sequence[Run], baseline: str) -> list[Drawing]:
         bottom.yaxis.set_major_formatter("{x:g}")
     axes[0, 0].set_ylabel("training loss")
     axes[1, 0].set_ylabel("stable rank of attention matrices")
-    handles, labels = axes[0, 0].get_legend_handles_labels()
-    figure.legend(handles, labels, loc="outside upper center", ncols=min(4, len(labels)), frameon=False, fontsize=SMALL)
+    _legend(figure, axes[0, 0].get_legend_handles_labels()[0])
     caption = "Loss and stable rank over the steps, without the first tenth: mean, lowest and highest of the seeds."
     return [Drawing("curves", caption, figure)]
 
@@ -264,8 +265,7 @@ def _panels(
     for ax in axes[len(panels) :]:
         ax.remove()
     handles = [Line2D([], [], label=label, **style) for label, style in styles.items()]
-    room = int(width * columns * 13) // (4 + max(map(len, labels), default=0))
-    _legend(figure, [*handles, *markers], min(max(room, 1), 4))
+    _legend(figure, [*handles, *markers])
     return figure, axes[: len(panels)]
 
 
@@ -273,7 +273,10 @@ def _marker(label: str, shape: str, color: str, face: str | None = None) -> Line
     return Line2D([], [], linestyle="", marker=shape, color=color, markerfacecolor=face or color, label=label)
 
 
-def _legend(figure: Figure, handles: Sequence[Line2D], columns: int) -> None:
+def _legend(figure: Figure, handles: Sequence[Artist]) -> None:
+    """A legend of as many columns, up to four, as the figure is wide enough for."""
+    room = int(figure.get_figwidth() * 13) // (4 + max(len(str(handle.get_label())) for handle in handles))
+    columns = min(max(room, 1), 4)
     figure.legend(handles=handles, loc="outside upper center", ncols=columns, frameon=False, fontsize=SMALL)
 
 

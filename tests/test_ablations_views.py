@@ -425,7 +425,7 @@ def test_search_has_no_frontier(tmp_path):
         ({}, lambda cell: outcome(None), FIGURES),
         ({}, lambda cell: outcome(2.0), {"loss", "frontier"}),
         ({}, lambda cell: outcome(4e4, collapsed_at=50), FIGURES),
-        ({"factors": {"lr": (0.01,)}}, lambda cell: outcome(2.0), {"loss"}),
+        ({"factors": {"lr": (0.01,)}}, lambda cell: outcome(2.0), set()),
         (
             {"factors": {"lr": (0.01, 0.1), "data.batch_size": (1, 2, 4, 8)}},
             lambda cell: outcome(2.0),
