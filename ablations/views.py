@@ -39,7 +39,7 @@ def show_loss(loss: float, sign: str = "") -> str:
 
 
 def tables(found: Findings) -> dict[str, pd.DataFrame]:
-    """For people: title → table of text."""
+    """For people: title → table of text, without columns that say nothing."""
     study, results, baseline = found.study, found.results, found.baseline
     shown: dict[str, list[dict[str, str]]] = {}
     if isinstance(study.sampler, Tpe):
@@ -84,14 +84,15 @@ def tables(found: Findings) -> dict[str, pd.DataFrame]:
             }
             for r in results.itertuples()
         ]
-    if not isinstance(study.sampler, Tpe):
+    if isinstance(study.sampler, Grid):
         shown["Results"] = [_result(found, r) for r in results.itertuples()]
     shown["Arms"] = []
     for name in study.arms:
         settings = study.variants[name].settings if name in study.variants else {}
         extra = f" With {', '.join(f'{k} = {show(v)}' for k, v in settings.items())}." if settings else ""
         shown["Arms"].append({"arm": name, "what it is": study.arm(name).description + extra})
-    return {title: pd.DataFrame(rows) for title, rows in shown.items() if rows}
+    frames = {title: pd.DataFrame(rows) for title, rows in shown.items() if rows}
+    return {title: frame.loc[:, ~frame.isin(["", MISSING]).all()] for title, frame in frames.items()}
 
 
 def _place(row: Any) -> dict[str, str]:
