@@ -44,14 +44,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
             print(f"failed: {label}", file=sys.stderr)
         if results(study, **where):
             print(f"report: {_report(study, options)[0]}")
-    except StudyError as error:
+    except (StudyError, StorageError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
-    except (StorageError, KeyboardInterrupt) as error:
+    except KeyboardInterrupt:
         again = f"python -m msign_lightning.ablations {options.command} {shlex.quote(options.study)}"
-        told = f"error: {error}" if isinstance(error, StorageError) else "interrupted"
-        print(f"{told}; what is finished is kept; go on with: {again}, and the same options", file=sys.stderr)
-        return 2 if isinstance(error, StorageError) else 130
+        print(f"interrupted; what is finished is kept; go on with: {again}, and the same options", file=sys.stderr)
+        return 130
     return 1 if summary.failed else 0
 
 

@@ -230,7 +230,8 @@ def curves(study: Study, runs: Sequence[Run], baseline: str) -> list[Drawing]:
         bottom.yaxis.set_major_formatter("{x:g}")
     axes[0, 0].set_ylabel("training loss")
     axes[1, 0].set_ylabel("stable rank of attention matrices")
-    _legend(figure, axes[0, 0].get_legend_handles_labels()[0])
+    handles = {line.get_label(): line for ax in axes[0] for line in ax.get_legend_handles_labels()[0]}
+    _legend(figure, [*handles.values()])
     caption = "Loss and stable rank over the steps, without the first tenth: mean, lowest and highest of the seeds."
     return [Drawing("curves", caption, figure)]
 
@@ -275,7 +276,8 @@ def _marker(label: str, shape: str, color: str, face: str | None = None) -> Line
 
 def _legend(figure: Figure, handles: Sequence[Artist]) -> None:
     """A legend of as many columns, up to four, as the figure is wide enough for."""
-    room = int(figure.get_figwidth() * 13) // (4 + max(len(str(handle.get_label())) for handle in handles))
+    longest = max((len(str(handle.get_label())) for handle in handles), default=0)
+    room = int(figure.get_figwidth() * 13) // (4 + longest)
     columns = min(max(room, 1), 4)
     figure.legend(handles=handles, loc="outside upper center", ncols=columns, frameon=False, fontsize=SMALL)
 

@@ -364,7 +364,7 @@ def _while_ours(claim: Claim) -> Iterator[None]:
     try:
         yield
     except UpdateFinishedTrialError:
-        _log.warning("%s is no longer this parent's: others took it for dead", claim.cell.label)
+        _log.warning("%s is finished already, or others took this parent for dead", claim.cell.label)
 
 
 def _value(outcome: Outcome) -> float:

@@ -89,7 +89,7 @@ def run(
     place = folder / study.name
     _check_writable(place)
     ledger: Ledger | None = None
-    with opened(storage, place) as (backend, alone), _interrupts_held() as check_interrupt:
+    with _interrupts_held() as check_interrupt, opened(storage, place, check_interrupt) as (backend, alone):
         exists(study, backend)
         try:
             with Pool(study, place, workers, gpus, time_limit, legs, RETRIES, worker) as pool:
@@ -168,7 +168,7 @@ def results(study: Study, *, storage: str | None = None, folder: Path = FOLDER) 
         with reading(storage, folder / study.name) as backend:
             trials = find(study, backend).get_trials(deepcopy=False, states=(TrialState.COMPLETE,))
         for trial in trials:
-            if study.holds(cell := cell_of(trial)):
+            if {"val_loss", "outcome"} & trial.user_attrs.keys() and study.holds(cell := cell_of(trial)):
                 outcomes.setdefault(cell, outcome_of(trial))
     for cell, outcome in by_themselves.items():
         outcomes.setdefault(cell, outcome)

@@ -17,7 +17,7 @@ from optuna.exceptions import StorageInternalError
 from optuna.storages import BaseStorage, JournalStorage, RDBStorage
 from optuna.storages.journal import JournalFileBackend
 from sqlalchemy.engine import URL, make_url
-from sqlalchemy.exc import IntegrityError, OperationalError, ProgrammingError, SQLAlchemyError
+from sqlalchemy.exc import DBAPIError, IntegrityError, OperationalError, ProgrammingError, SQLAlchemyError
 from sqlalchemy.pool import NullPool
 
 JOURNAL = "journal.log"
@@ -31,7 +31,9 @@ class StorageError(RuntimeError):
 
 
 @contextmanager
-def opened(storage: str | None, folder: Path) -> Iterator[tuple[BaseStorage, bool]]:
+def opened(
+    storage: str | None, folder: Path, check: Callable[[], None] = lambda: None
+) -> Iterator[tuple[BaseStorage, bool]]:
     """A storage to write to.
 
     A local file (a journal or SQLite's) is locked until the end of the context or of the process, however that ends. A
@@ -40,13 +42,14 @@ def opened(storage: str | None, folder: Path) -> Iterator[tuple[BaseStorage, boo
     Args:
         storage: Path of a journal, URL of a database (postgresql+psycopg://…), or None for a journal in the folder.
         folder: The folder of the study's files.
+        check: Called now and then while a database server does not answer; what it raises ends the waiting.
 
     Yields:
         The storage, and whether this process alone can write to it.
 
     Raises:
         StorageError: The storage can't be reached or written to, is no journal, or another process has it; or what it
-            is used for in the context fails. A database server that has answered before is given ten minutes.
+            is used for in the context fails. A server that has answered before is asked again for ten minutes.
     """
     url, file = _parse(storage, folder)
     with _explained(url, file), ExitStack() as stack:
@@ -59,7 +62,7 @@ def opened(storage: str | None, folder: Path) -> Iterator[tuple[BaseStorage, boo
                 raise StorageError(f"storage {file} is in use by another process; {rule}") from error
             if url is None:
                 _mend(file)
-        yield stack.enter_context(_connected(url, file)), file is not None
+        yield stack.enter_context(_connected(url, file, check)), file is not None
 
 
 @contextmanager
@@ -73,7 +76,7 @@ def reading(storage: str | None, folder: Path) -> Iterator[BaseStorage]:
     with _explained(url, file):
         if file is not None and not file.exists():
             raise StorageError(f"storage {file} does not exist: nothing has been run")
-        with _connected(url, file) as backend:
+        with _connected(url, file, lambda: None) as backend:
             yield backend
 
 
@@ -99,34 +102,45 @@ def _explained(url: URL | None, file: Path | None) -> Iterator[None]:
 
 
 class _Server(RDBStorage):
-    """A database on a server, which is asked again, after growing pauses, while it does not answer: as it restarts.
+    """A database on a server, which is asked again while it does not answer: as it restarts.
 
     What is written may be written twice then: a trial that no parent knows of.
     """
 
-    _silent_since: float | None = None
+    def __init__(self, url: str, check: Callable[[], None]) -> None:
+        self.check = check
+        self.silent_since: float | None = None
+        super().__init__(url, {"pool_pre_ping": True})
+
+
+def _is_silent(error: BaseException | None) -> bool:
+    """Whether no answer came from a server, rather than an answer that it can't."""
+    if not isinstance(error, DBAPIError):
+        return False
+    state = getattr(error.orig, "sqlstate", None) or "08"  # of SQL: 08 and 57P are about connections
+    return error.connection_invalidated or (isinstance(error, OperationalError) and state.startswith(("08", "57P")))
 
 
 def _patient(method: Callable[..., Any]) -> Callable[..., Any]:
     @wraps(method)
     def ask(self: _Server, *args: Any, **kwargs: Any) -> Any:
-        pause = 0.1
         while True:
             try:
                 answer = method(self, *args, **kwargs)
             except (StorageInternalError, SQLAlchemyError) as error:
-                reason = error.__cause__ or error
-                began = self._silent_since or time.monotonic()
-                if not isinstance(reason, OperationalError) or time.monotonic() - began > PATIENCE:
+                reason = error if isinstance(error, SQLAlchemyError) else error.__cause__
+                if not _is_silent(reason):
                     raise
-                if self._silent_since is None:
-                    told = str(reason).partition("\n")[0]
-                    _log.warning("storage does not answer, and is asked again for %g s: %s", PATIENCE, told)
-                self._silent_since = began
-                time.sleep(pause)
-                pause = min(2 * pause, 10.0)
+                told = f"storage {self.engine.url.render_as_string()} does not answer"
+                if self.silent_since is None:
+                    self.silent_since = time.monotonic()
+                    _log.warning("%s and is asked again for %g s: %s", told, PATIENCE, str(reason).partition("\n")[0])
+                if time.monotonic() - self.silent_since > PATIENCE:
+                    raise StorageError(f"{told}; what is finished is kept: run the command again") from error
+                self.check()
+                time.sleep(0.5)
             else:
-                self._silent_since = None
+                self.silent_since = None
                 return answer
 
     return ask
@@ -137,7 +151,7 @@ for _name in (*BaseStorage.__abstractmethods__, "_get_trials", "_create_new_tria
 
 
 @contextmanager
-def _connected(url: URL | None, file: Path | None) -> Iterator[BaseStorage]:
+def _connected(url: URL | None, file: Path | None, check: Callable[[], None]) -> Iterator[BaseStorage]:
     if url is None:
         try:
             journal = JournalStorage(JournalFileBackend(str(file)))
@@ -151,7 +165,7 @@ def _connected(url: URL | None, file: Path | None) -> Iterator[BaseStorage]:
             RDBStorage(address, {"poolclass": NullPool})  # which leaves no connection behind when it fails
             break
         time.sleep(0.5)
-    database = (_Server if file is None else RDBStorage)(address, {"pool_pre_ping": True})
+    database = RDBStorage(address) if file is not None else _Server(address, check)
     try:
         yield database
     finally:

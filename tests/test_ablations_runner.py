@@ -19,13 +19,18 @@ from collections import Counter
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path
+from types import SimpleNamespace
 
 import optuna
 import psycopg
 import pytest
+from optuna.exceptions import StorageInternalError
+from optuna.storages import RDBStorage
 from optuna.trial import TrialState
+from sqlalchemy.exc import OperationalError
 
 from msign_lightning.ablations import ledger as ledger_module
+from msign_lightning.ablations import storage as storage_module
 from msign_lightning.ablations.cell import Outcome
 from msign_lightning.ablations.launch import Crashed, Finished, Pool
 from msign_lightning.ablations.ledger import Ledger, exists
@@ -439,6 +444,21 @@ class TestLedger:
             done = [trial.user_attrs["cell"] for trial in trials_of(cells, backend, TrialState.COMPLETE)]
         assert Counter(done) == Counter(key for mine in finished for key in mine)
 
+    def test_a_parent_that_was_held_up_itself_gives_others_time(self, tmp_path, monkeypatch):
+        now = 0.0
+        monkeypatch.setattr(ledger_module, "time", SimpleNamespace(monotonic=lambda: now))
+        with opened(None, tmp_path) as (backend, _):
+            other, ours = (Ledger(study(), backend, alone=False) for _ in range(2))
+            other.claim()
+            for ledger in (other, ours):
+                ledger.keep_up()
+            for now in (100.0, 115.0, 130.0, 145.0):  # noqa: B007 (the clock)
+                ours.keep_up()
+            assert not trials_of(study(), backend, TrialState.FAIL)
+            now = 160.0
+            ours.keep_up()
+            assert len(trials_of(study(), backend, TrialState.FAIL)) == 1
+
     def test_only_dead_parents_lose_their_cells(self, tmp_path, database, monkeypatch):
         monkeypatch.setattr(ledger_module, "BEAT", 0.0)
         monkeypatch.setattr(ledger_module, "GRACE", 0.5)
@@ -501,7 +521,7 @@ import plain
 
 
 def objective(settings, progress):
-    return plain.objective(settings, lambda step, loss: (progress(step, loss), time.sleep(0.01)))
+    return plain.objective(settings, lambda step, loss: (progress(step, loss), time.sleep(0.02)))
 """
 
 
@@ -664,16 +684,17 @@ def test_the_other_parent_takes_over_from_a_killed_one(file, tmp_path, database,
         assert_each_cell_once(load(file), backend)
 
 
+@pytest.mark.parametrize("file", ["function"], indirect=True, scope="module")
 def test_a_restart_of_the_server_ends_nothing(file, tmp_path, server, database, undisturbed):
     where = ("--folder", tmp_path, "--storage", database, "--workers", 1)
     parents = [start("run", file, *where), start("run", file, *where)]
-    wait_until(lambda: count_done(file, storage=database) >= 2)
+    wait_until(lambda: count_done(file, storage=database) >= 1)
     _, control = server
     control("-m", "immediate", "stop")
     time.sleep(2)  # cells end meanwhile
     control("start")
     errors = "".join(finish(parent)[1] for parent in parents)
-    assert "storage does not answer" in errors
+    assert "does not answer and is asked again" in errors
     assert "is tried again" not in errors
     assert measured(results(load(file), storage=database)) == undisturbed
     with reading(database, tmp_path) as backend:
@@ -681,20 +702,47 @@ def test_a_restart_of_the_server_ends_nothing(file, tmp_path, server, database, 
 
 
 def test_a_server_that_stays_away(tmp_path, server, database, monkeypatch):
-    monkeypatch.setattr("msign_lightning.ablations.storage.PATIENCE", 0.5)
+    monkeypatch.setattr(storage_module, "PATIENCE", 0.5)
     _, control = server
 
-    def claim_without_it():
-        with opened(database, tmp_path) as (backend, alone):
+    def interrupt():
+        raise KeyboardInterrupt
+
+    def claim_without_it(check):
+        with opened(database, tmp_path, check) as (backend, alone):
             ledger = Ledger(study(), backend, alone=alone)
             control("-m", "fast", "stop")
-            ledger.claim()
+            try:
+                ledger.claim()
+            finally:
+                control("start")
 
-    try:
-        with pytest.raises(StorageError, match=r"can't be used: .*connection"):
-            claim_without_it()
-    finally:
-        control("start")
+    with pytest.raises(StorageError, match=r"storage .* does not answer; what is finished is kept: run the command ag"):
+        claim_without_it(lambda: None)
+    with pytest.raises(KeyboardInterrupt):
+        claim_without_it(interrupt)
+
+
+def test_a_trial_whose_making_was_not_answered_is_not_waited_for(tmp_path, database, monkeypatch):
+    lost = [OperationalError("COMMIT", None, ConnectionError(), connection_invalidated=True)]
+
+    def make(self, *arguments):
+        number = RDBStorage.create_new_trial(self, *arguments)
+        if lost:
+            raise StorageInternalError from lost.pop()
+        return number
+
+    monkeypatch.setattr(storage_module._Server, "create_new_trial", storage_module._patient(make))
+    with opened(database, tmp_path) as (backend, alone):
+        ledger = Ledger(cells := study(), backend, alone=alone)
+        claim = ledger.claim()
+        made = trials_of(cells, backend)
+        assert [trial.state for trial in made] == [TrialState.RUNNING, TrialState.FAIL, TrialState.RUNNING]
+        ledger.keep_up()
+        assert [trial.number for trial in trials_of(cells, backend, TrialState.RUNNING)] == [claim.trial.number]
+        ledger.finish(claim, outcome())
+        train_all(ledger)
+        assert_each_cell_once(cells, backend)
 
 
 def test_workers_stop_what_is_pruned(tmp_path):

@@ -426,13 +426,14 @@ def test_search_has_no_frontier(tmp_path):
         ({}, lambda cell: outcome(2.0), {"loss", "frontier"}),
         ({}, lambda cell: outcome(4e4, collapsed_at=50), FIGURES),
         ({"factors": {"lr": (0.01,)}}, lambda cell: outcome(2.0), set()),
+        ({}, lambda cell: outcome(None if cell.lr < 0.1 else 2.0)._replace(ranks=((5, 2.0),)), {*FIGURES, "curves"}),
         (
             {"factors": {"lr": (0.01, 0.1), "data.batch_size": (1, 2, 4, 8)}},
             lambda cell: outcome(2.0),
             {"loss", "frontier"},
         ),
     ],
-    ids=["one seed", "all diverged", "all stable", "all exploded", "one rate", "many groups"],
+    ids=["one seed", "all diverged", "all stable", "all exploded", "one rate", "no curve at the lowest", "many groups"],
 )
 def test_edge_studies_are_reported(changes, outcome_of, expected, tmp_path):
     study = make_study(**changes)
