@@ -6,7 +6,7 @@ import base64
 import fcntl
 import io
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from importlib.metadata import version
 from pathlib import Path
@@ -21,7 +21,18 @@ from msign_lightning.ablations import board, figures
 from msign_lightning.ablations.cell import show
 from msign_lightning.ablations.figures import Drawing
 from msign_lightning.ablations.reader import StudyError
-from msign_lightning.ablations.results import FEWEST, LEVEL, Findings, Run, best, by_seed, factors_of, find, overheads
+from msign_lightning.ablations.results import (
+    FEWEST,
+    LEVEL,
+    Findings,
+    Run,
+    best,
+    by_seed,
+    factors_of,
+    find,
+    overheads,
+    paired,
+)
 from msign_lightning.ablations.study import Bisect, Grid, Study, Tpe
 from msign_lightning.recipes.provenance import provenance
 
@@ -52,11 +63,16 @@ def tables(found: Findings) -> dict[str, pd.DataFrame]:
         losses = by_seed(ranking)
         reference = next((i for i, group in ranking["group"].items() if group.arm == baseline), None)
         gaps = {i: losses.loc[i] - losses.loc[reference] if reference not in (None, i) else [] for i in losses.index}
+        sound = ranking["n_stable"] == ranking["n_runs"]
+        tests = {i: paired(gap if len(gap) and sound[i] and sound[reference] else []) for i, gap in gaps.items()}
         shown["Each arm at its best learning rate"] = [
             {
                 **_place(r),
                 "mean validation loss": show_loss(r.mean),
-                f"difference to {baseline} by seed": " / ".join(show_loss(gap, "+") for gap in gaps[r.Index]),
+                f"difference to {baseline} by seed ({LEVEL:.0%} interval)": " / ".join(
+                    show_loss(gap, "+") for gap in gaps[r.Index]
+                )
+                + _interval(tests[r.Index]),
             }
             for r in ranking.itertuples()
         ]
@@ -95,6 +111,12 @@ def tables(found: Findings) -> dict[str, pd.DataFrame]:
     return {title: frame.loc[:, ~frame.isin(["", MISSING]).all()] for title, frame in frames.items()}
 
 
+def _interval(test: Mapping[str, float]) -> str:
+    """That of `paired`, if there is one."""
+    low, high = (test[f"difference_{end}"] for end in ("low", "high"))
+    return "" if math.isnan(low) else f" ({show_loss(low, '+')} … {show_loss(high, '+')})"
+
+
 def _place(row: Any) -> dict[str, str]:
     return {"arm": row.group.label, "learning rate": f"{row.lr:.4g}"}
 
@@ -102,14 +124,14 @@ def _place(row: Any) -> dict[str, str]:
 def _result(found: Findings, r: Any) -> dict[str, str]:
     """What a group gave at a learning rate, for people."""
     losses = by_seed(found.results)
-    interval = f" ({show_loss(r.difference_low, '+')} … {show_loss(r.difference_high, '+')})" if r.verdict else ""
     is_baseline = r.group.arm == found.baseline
     return {
         **_place(r),
         f"validation loss by seed ({', '.join(map(str, losses))})": " / ".join(map(show_loss, losses.loc[r.Index])),
         "stable": f"{r.n_stable} of {r.n_runs}",
         "mean": show_loss(r.mean),
-        f"paired difference to {found.baseline} ({LEVEL:.0%} interval)": show_loss(r.difference, "+") + interval
+        f"paired difference to {found.baseline} ({LEVEL:.0%} interval)": show_loss(r.difference, "+")
+        + _interval(r._asdict())
         if r.n_pairs
         else "",
         f"better than {found.baseline}": "" if is_baseline else f"{r.n_better} of {r.n_pairs}",
