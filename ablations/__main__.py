@@ -12,7 +12,7 @@ from pathlib import Path
 import optuna
 
 from msign_lightning.ablations.reader import StudyError
-from msign_lightning.ablations.runner import FOLDER, plan, results, run, run_alone
+from msign_lightning.ablations.runner import FOLDER, describe, plan, results, run, run_alone
 from msign_lightning.ablations.storage import StorageError
 from msign_lightning.ablations.study import Study, load
 
@@ -32,7 +32,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
             print(plan(study, storage=options.storage, folder=options.folder))
             return 0
         if options.cell is not None:
-            print(run_alone(study, options.cell, folder=options.folder, legs=options.legs))
+            print(describe(run_alone(study, options.cell, folder=options.folder, legs=options.legs)))
             return 0
         if options.command == "resume":
             results(study, storage=options.storage, folder=options.folder)  # raises if it has not been started

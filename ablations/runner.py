@@ -234,7 +234,7 @@ def _train(ledger: Ledger, pool: Pool, check_interrupt: Callable[[], None], stud
                     case Finished(outcome):
                         ledger.finish(claim, outcome)
                         bar.n = ledger.done
-                        _log.info("%s: %s", claim.cell.label, _describe(outcome))
+                        _log.info("%s: %s", claim.cell.label, describe(outcome))
                     case Crashed(error, fatal):
                         if fatal is not None:
                             raise fatal(error)
@@ -243,7 +243,8 @@ def _train(ledger: Ledger, pool: Pool, check_interrupt: Callable[[], None], stud
             check_interrupt()
 
 
-def _describe(outcome: Outcome | None) -> str:
+def describe(outcome: Outcome | None) -> str:
+    """What a run gave, in a line for people."""
     if outcome is None:
         return "pruned"
     if outcome.val_loss is None:
