@@ -218,7 +218,8 @@ def curves(study: Study, runs: Sequence[Run], baseline: str) -> list[Drawing]:
     for (top, bottom), lr in zip(axes.T, rates, strict=True):
         for group, color in zip(ours, (GREY, *COLORS), strict=False):
             outcomes = [run.outcome for run in runs if run.cell.group == group and run.cell.lr == lr]
-            for ax, lines in ((top, [dict(o.curve) for o in outcomes]), (bottom, [dict(o.ranks) for o in outcomes])):
+            ranks = [dict(o.ranks) for o in outcomes if o.ranks]
+            for ax, lines in ((top, [dict(o.curve) for o in outcomes]), (bottom, ranks)):
                 common = sorted(set.intersection(*map(set, lines))) if lines else []
                 if steps := [step for step in common if step > study.steps / 10]:
                     values_ST = np.array([[line[step] for step in steps] for line in lines])
