@@ -4,6 +4,7 @@ import math
 import re
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -12,6 +13,7 @@ from msign_lightning.ablations import StudyError, load
 from msign_lightning.ablations.cell import Group
 from msign_lightning.ablations.launch import Crashed, Finished, Pool
 from msign_lightning.ablations.program import cell_settings, check, run_cell
+from msign_lightning.ablations.results import find
 from msign_lightning.ablations.runner import results, run
 from msign_lightning.ablations.study import Study, Tpe
 from msign_lightning.ablations.views import report
@@ -68,6 +70,14 @@ def test_the_examples_run_as_studies(examples, name):
         assert all(1 <= outcome.stable_rank <= 32 for outcome in by_arm.values())
         again = run_cell(study, first_cell(study), examples / "again")
         assert again.curve == losses[first_cell(study)].curve
+
+
+def test_the_example_of_a_frontier_runs(examples):
+    study = replace(load("causal_lm_frontier.yaml"), seeds=[0])
+    assert run(study, workers=1, folder=examples / "runs") == (12, [])
+    boundaries = find(study, results(study, folder=examples / "runs")).boundaries
+    assert [group.arm for group in boundaries["group"]] == ["adamw", "msign"]
+    assert (boundaries["status"] == "bracketed").all()
 
 
 @pytest.mark.composer
