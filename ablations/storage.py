@@ -17,7 +17,14 @@ from optuna.exceptions import StorageInternalError
 from optuna.storages import BaseStorage, JournalStorage, RDBStorage
 from optuna.storages.journal import JournalFileBackend
 from sqlalchemy.engine import URL, make_url
-from sqlalchemy.exc import DBAPIError, IntegrityError, OperationalError, ProgrammingError, SQLAlchemyError
+from sqlalchemy.exc import (
+    DBAPIError,
+    IntegrityError,
+    OperationalError,
+    PendingRollbackError,
+    ProgrammingError,
+    SQLAlchemyError,
+)
 from sqlalchemy.pool import NullPool
 
 JOURNAL = "journal.log"
@@ -115,8 +122,8 @@ class _Server(RDBStorage):
 
 def _is_silent(error: BaseException | None) -> bool:
     """Whether no answer came from a server, rather than an answer that it can't."""
-    if not isinstance(error, DBAPIError):
-        return False
+    if not isinstance(error, DBAPIError):  # Optuna reads again in a transaction whose connection is gone
+        return isinstance(error, PendingRollbackError)
     state = getattr(error.orig, "sqlstate", None) or "08"  # of SQL: 08 and 57P are about connections
     return error.connection_invalidated or (isinstance(error, OperationalError) and state.startswith(("08", "57P")))
 

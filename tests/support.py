@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import pydoc_data.topics
+import re
 import sys
 import time
 from collections.abc import Callable
@@ -41,6 +42,13 @@ def calls_of_functions(work: Callable[[], object]) -> int:
     finally:
         sys.setprofile(None)
     return calls
+
+
+def write_examples(folder: Path) -> None:
+    """The files of the page on studies of one's own program."""
+    page = (Path(__file__).parent.parent / "docs" / "programs.md").read_text()
+    for name, content in re.findall(r"```(?:python|yaml)\n# (\S+\.(?:py|yaml))\n(.*?)```", page, re.DOTALL):
+        (folder / name).write_text(content)
 
 
 def windows(batches: int, *, vocab_size: int = 96, sequence_length: int = 16) -> RandomWindows:

@@ -17,19 +17,18 @@ from msign_lightning.ablations.results import find
 from msign_lightning.ablations.runner import results, run
 from msign_lightning.ablations.study import Study, Tpe
 from msign_lightning.ablations.views import report
+from tests.support import write_examples
 
 pytestmark = [
     pytest.mark.filterwarnings("ignore:The '.*_dataloader' does not have many workers"),
     pytest.mark.filterwarnings("ignore:The number of training batches"),
 ]
-PAGE = (Path(__file__).parent.parent / "docs" / "programs.md").read_text()
 
 
 @pytest.fixture
 def examples(tmp_path, monkeypatch):
     """A folder with the files of the page, as somebody's working directory."""
-    for name, content in re.findall(r"```(?:python|yaml)\n# (\S+\.(?:py|yaml))\n(.*?)```", PAGE, re.DOTALL):
-        (tmp_path / name).write_text(content)
+    write_examples(tmp_path)
     monkeypatch.chdir(tmp_path)
     monkeypatch.syspath_prepend(str(tmp_path))
     for name in ("plain", "causal_lm", "with_composer", "by_command", "mine"):

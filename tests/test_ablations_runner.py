@@ -38,7 +38,7 @@ from msign_lightning.ablations.reader import StudyError
 from msign_lightning.ablations.runner import cores, results, run, run_alone
 from msign_lightning.ablations.storage import JOURNAL, StorageError, opened, reading
 from msign_lightning.ablations.study import Bisect, Grid, Study, Tpe, Variant, load
-from tests.support import calls_of_functions
+from tests.support import calls_of_functions, write_examples
 
 ROOT = Path(__file__).parent.parent
 SMALL = {
@@ -529,9 +529,7 @@ def objective(settings, progress):
 def file(tmp_path_factory, request):
     """A study of twelve cells, each of about a second: of a recipe, unless a test asks for another kind of program."""
     folder = tmp_path_factory.mktemp("studies")
-    page = (ROOT / "docs" / "programs.md").read_text()
-    for name, content in re.findall(r"```(?:python|yaml)\n# (\S+\.(?:py|yaml))\n(.*?)```", page, re.DOTALL):
-        (folder / name).write_text(content)
+    write_examples(folder)
     (folder / "slow.py").write_text(SLOW)
     program = PROGRAMS[getattr(request, "param", "recipe")]
     (folder / "kill.yaml").write_text(STUDY_FILE + program.replace("{folder}", str(folder)))
