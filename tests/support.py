@@ -25,6 +25,8 @@ if TYPE_CHECKING:
     from composer import Trainer
     from transformers import LlamaForCausalLM
 
+PATIENCE = 180.0
+"""Seconds that other processes have for what takes a few on a quiet machine."""
 TEXT = next(iter(pydoc_data.topics.topics.values())).encode("ascii", "replace")
 
 
