@@ -5,6 +5,7 @@ from __future__ import annotations
 import multiprocessing
 import queue
 import threading
+from collections.abc import Mapping
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
@@ -23,7 +24,7 @@ class _Attendant:
         self._tasks: queue.SimpleQueue[Any] = queue.SimpleQueue()
         self._messages: queue.SimpleQueue[Any] = queue.SimpleQueue()
         self.recv, self.send = self._tasks.get, self._messages.put
-        threading.Thread(target=attend, args=(self, study, folder, None, legs), daemon=True).start()
+        threading.Thread(target=attend, args=(self, study, folder, {}, legs), daemon=True).start()
 
     def put(self, task: Cell | bool | None) -> None:
         self._tasks.put(task)
@@ -33,12 +34,13 @@ class _Attendant:
 
 
 class RayWorker(Worker):
-    """One Ray actor on one core, and one GPU where the study may use any; logs go to a folder that all nodes share."""
+    """One Ray actor on one core, with as many GPUs as a worker here would have; all nodes share the folder of logs."""
 
-    def __init__(self, study: Study, folder: Path, gpu: str | None, legs: int = 1) -> None:
+    def __init__(self, study: Study, folder: Path, environment: Mapping[str, str], legs: int = 1) -> None:
         _connect()
         remote: Any = ray.remote(_Attendant)
-        resources = {"num_cpus": 1, "num_gpus": int(gpu is not None), "max_concurrency": 2}
+        gpus = [name for name in environment.get("CUDA_VISIBLE_DEVICES", "").split(",") if name]
+        resources = {"num_cpus": 1, "num_gpus": len(gpus), "max_concurrency": 2}
         self._actor = remote.options(**resources).remote(study, folder.absolute(), legs)
         self.name = f"Ray actor {self._actor._actor_id.hex()}"
         self._connection, theirs = multiprocessing.Pipe()

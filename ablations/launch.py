@@ -10,10 +10,11 @@ import logging
 import multiprocessing
 import os
 import signal
+import socket
 import threading
 import time
 import traceback
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from multiprocessing import connection, resource_tracker
@@ -58,16 +59,16 @@ Message = Progress | Finished | Crashed
 
 
 class Worker:
-    """One spawned process, with one GPU where there are any."""
+    """One spawned process, with some variables of its environment set, such as CUDA_VISIBLE_DEVICES."""
 
     name: str  # for people
     handles: Sequence[Any]  # what becomes ready with a message, or when the worker dies
     silent = started = 0.0  # for how long, and since when it has its task
 
-    def __init__(self, study: Study, folder: Path, gpu: str | None, legs: int = 1) -> None:
+    def __init__(self, study: Study, folder: Path, environment: Mapping[str, str], legs: int = 1) -> None:
         context = multiprocessing.get_context("spawn")
         self._connection, theirs = context.Pipe()
-        self._process = context.Process(target=attend, args=(theirs, study, folder, gpu, legs))
+        self._process = context.Process(target=attend, args=(theirs, study, folder, environment, legs))
         # Ctrl-C reaches all processes of a terminal; the mask keeps it from the worker, which its parent stops.
         resource_tracker.ensure_running()  # would lift the mask if it were started by the first worker's start
         signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
@@ -113,7 +114,7 @@ class Pool:
     Attributes:
         folder: Where the cells' logs go.
         workers: How many cells may be trained at once.
-        gpus: Names of the GPUs, as in CUDA_VISIBLE_DEVICES; dealt out in turns.
+        gpus: The GPUs of each worker, as in CUDA_VISIBLE_DEVICES; dealt out in turns.
         time_limit: Seconds that a cell may take; None for no limit.
         legs: As of `run_cell`.
         retries: How often a task is tried again that has crashed, unless that was fatal.
@@ -200,12 +201,60 @@ class Pool:
 
     def _worker(self, place: int) -> Worker:
         if place not in self._workers:
-            gpu = self.gpus[place % len(self.gpus)] if self.gpus else None
-            self._workers[place] = self.launcher(self.study, self.folder, gpu, self.legs)
+            own = {"CUDA_VISIBLE_DEVICES": self.gpus[place % len(self.gpus)]} if self.gpus else {}
+            self._workers[place] = self.launcher(self.study, self.folder, own, self.legs)
         return self._workers[place]
 
 
-def attend(pipe: Any, study: Study, folder: Path, gpu: str | None, legs: int) -> None:
+def spread(
+    ranks: int,
+    study: Study,
+    cell: Cell | None,
+    folder: Path,
+    legs: int = 1,
+    progress: Callable[..., bool] | None = None,
+) -> Outcome | None:
+    """Trains a cell on several processes, which find themselves as those of torchrun do; None checks the program.
+
+    Returns:
+        The outcome of the first.
+
+    Raises:
+        StudyError: The study does not fit its program.
+        StorageError: The disk is full.
+        RuntimeError: One of them raised another exception or died. Then the others are killed.
+    """
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    group = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, "WORLD_SIZE": ranks, "LOCAL_WORLD_SIZE": ranks}
+    group |= {"GROUP_RANK": 0, "TORCHELASTIC_RUN_ID": "cell"}
+    workers: list[Worker] = []
+    outcomes: dict[Worker, Outcome | None] = {}
+    try:
+        for rank in range(ranks):
+            own = {name: str(value) for name, value in {**group, "RANK": rank, "LOCAL_RANK": rank}.items()}
+            workers.append(Worker(study, folder, own, legs))
+            workers[-1].send(cell)
+        while len(outcomes) < ranks:
+            ready = connection.wait([handle for w in workers if w not in outcomes for handle in w.handles])
+            for worker in workers:
+                match worker.receive() if any(handle in ready for handle in worker.handles) else None:
+                    case Progress(step, loss):
+                        prune = progress is not None and progress(step, loss)
+                        if study.prune:
+                            worker.send(prune)
+                    case Finished(outcome):
+                        outcomes[worker] = outcome
+                    case Crashed(error, fatal):
+                        raise (fatal or RuntimeError)(error)
+        return outcomes[workers[0]]
+    finally:
+        for worker in workers:
+            worker.kill()
+
+
+def attend(pipe: Any, study: Study, folder: Path, environment: Mapping[str, str], legs: int) -> None:
     """A worker: trains the cells that come by the pipe until one fails, and sends messages, None for a sign of life."""
     lock = threading.Lock()
 
@@ -227,8 +276,7 @@ def attend(pipe: Any, study: Study, folder: Path, gpu: str | None, legs: int) ->
     threading.Thread(target=beat, daemon=True).start()
     try:
         os.environ["OMP_NUM_THREADS"] = "1"  # what a cell gives must not depend on how many are trained at once
-        if gpu is not None:
-            os.environ["CUDA_VISIBLE_DEVICES"] = gpu
+        os.environ.update(environment)
         from msign_lightning.ablations.program import check, run_cell  # PyTorch reads the variables above
 
         while True:
@@ -239,8 +287,8 @@ def attend(pipe: Any, study: Study, folder: Path, gpu: str | None, legs: int) ->
         crashed = Crashed(traceback.format_exc())
         if (no_space := _find_no_space(error)) is not None:
             crashed = Crashed(f"folder {folder} can't be written to: {no_space}", StorageError)
-        elif isinstance(error, StudyError):
-            crashed = Crashed(str(error), StudyError)
+        elif isinstance(error, (StudyError, StorageError)):
+            crashed = Crashed(str(error), type(error))
         with suppress(OSError):
             send(crashed)
 

@@ -14,7 +14,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from types import FrameType
-from typing import Literal, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 from optuna.trial import TrialState
 from tqdm import tqdm
@@ -63,7 +63,8 @@ def run(
         study: What to run.
         storage: URL of a database, or path of an Optuna journal file; None for a journal in the study's folder.
         workers: How many cells are trained at once, each on one thread and, unless the program trains on the CPU, one
-            of the GPUs; None for as many as there are GPUs, or else cores, on this machine or in the cluster.
+            of the GPUs, or on as many as the setting `trainer.devices` says; None for as many as there are GPUs, or
+            else cores, on this machine or in the cluster.
         folder: Where the study's folder goes, with the journal and the cells' logs.
         time_limit: Seconds that a cell may take; None for no limit.
         legs: As of `program.run_cell`: a cell that is tried again goes on where its last leg ended.
@@ -81,8 +82,8 @@ def run(
         need("ray", "ray")
         from msign_lightning.ablations import cluster
 
-        worker, workers = cluster.RayWorker, workers or cluster.cores()
-    workers = workers if workers is not None else len(gpus) or cores()
+        worker, workers = cluster.RayWorker, workers or max(1, cluster.cores() // _devices(study))
+    workers = workers if workers is not None else len(gpus) or max(1, cores() // _devices(study))
     for name, value in {"workers": workers, "legs": legs, "time_limit": time_limit}.items():
         if value is not None and not value > 0:
             raise ValueError(f"{name} must be positive, got {value}")
@@ -266,19 +267,37 @@ def cores() -> int:
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
+def _usual(study: Study, name: str) -> Any:
+    """A setting of the trainer, for arms and cells that have no other."""
+    trainer = (study.fingerprint()["program"]["file"] or {}).get("trainer")
+    return study.settings.get(f"trainer.{name}", trainer.get(name) if isinstance(trainer, dict) else None)
+
+
+def _devices(study: Study) -> int:
+    """How many processes, and GPUs where there are any, a cell has at most."""
+    arms = [study.arm(arm).settings.get("trainer.devices", _usual(study, "devices")) for arm in study.arms]
+    numbers = (
+        len(d) if isinstance(d, (list, tuple)) else d for d in (*arms, *study.factors.get("trainer.devices", ()))
+    )
+    return max((number for number in numbers if isinstance(number, int)), default=1)
+
+
 def _gpus(study: Study) -> list[str]:
-    """Names of the GPUs that a study may use, found without starting CUDA in this process."""
-    trainer = (study.fingerprint()["program"]["file"] or {}).get("trainer") or {}
-    usual = trainer.get("accelerator") if isinstance(trainer, dict) else None
-    if study.settings.get("trainer.accelerator", usual) == "cpu":
+    """Names of the GPUs that each cell may use, found without starting CUDA in this process."""
+    if _usual(study, "accelerator") == "cpu":
         return []
     visible = os.environ.get("CUDA_VISIBLE_DEVICES")
     if visible is not None:
-        return [name.strip() for name in visible.split(",") if name.strip() not in ("", "-1")]
-    if shutil.which("nvidia-smi") is None:
+        gpus = [name.strip() for name in visible.split(",") if name.strip() not in ("", "-1")]
+    elif shutil.which("nvidia-smi") is None:
         return []
-    listed = subprocess.run(["nvidia-smi", "--list-gpus"], capture_output=True, text=True, check=False).stdout
-    return [str(n) for n, _ in enumerate(line for line in listed.splitlines() if line.startswith("GPU "))]
+    else:
+        listed = subprocess.run(["nvidia-smi", "--list-gpus"], capture_output=True, text=True, check=False).stdout
+        gpus = [str(n) for n, _ in enumerate(line for line in listed.splitlines() if line.startswith("GPU "))]
+    size = _devices(study)
+    if gpus and size > len(gpus):
+        raise StudyError(f"trainer.devices must be at most the {len(gpus)} GPUs of this machine, got {size}")
+    return [",".join(gpus[i : i + size]) for i in range(0, len(gpus) - size + 1, size)]
 
 
 def plan(study: Study, *, storage: str | None = None, folder: Path = FOLDER) -> str:

@@ -6,6 +6,8 @@ import hashlib
 import json
 import logging
 import math
+import os
+import shutil
 from argparse import ArgumentError
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -18,10 +20,12 @@ from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.callbacks import Checkpoint, ModelSummary, ProgressBar
 from lightning.pytorch.cli import LightningCLI
 from lightning.pytorch.loggers import TensorBoardLogger
+from torch.distributed import is_torchelastic_launched
 
 from msign_lightning import Restoration
 from msign_lightning.ablations import program as programs
 from msign_lightning.ablations.cell import Cell, Outcome, plain
+from msign_lightning.ablations.launch import spread
 from msign_lightning.ablations.program import Progress, metric_of, outcome_of
 from msign_lightning.ablations.reader import Where, near, read
 from msign_lightning.ablations.study import Study
@@ -58,17 +62,21 @@ def train(study: Study, cell: Cell, folder: Path, progress: Progress | None = No
     torch.set_num_threads(1)
     recorder = Recorder(progress=progress)
     cli = _build(study, cell, folder)
+    if (devices := cli.trainer.num_devices) != _ranks():
+        del cli  # and its model
+        return spread(devices, study, cell, folder, legs, progress)
     trainer, data = cli.trainer, cli.datamodule
     trainer.logger = _Scalars(folder, cell.folder, version="")
     log_dir = Path(trainer.logger.log_dir)
-    saver = _Leg(study, cell, log_dir, legs)
+    saver = _Leg(study, cell, log_dir, legs, recorder)
     trainer.callbacks[:] = [recorder, *trainer.callbacks, *([saver] if legs > 1 else [])]  # type: ignore[attr-defined]
     begun = legs > 1 and saver.file.exists()
-    for file in [] if begun else log_dir.glob("events.out.tfevents.*"):
+    for file in [] if begun or not trainer.is_global_zero else log_dir.glob("events.out.tfevents.*"):
         file.unlink()
     limit, trainer.limit_val_batches = trainer.limit_val_batches, 0
     trainer.fit(cli.model, datamodule=data, ckpt_path=saver.file if begun else None)
-    saver.file.unlink(missing_ok=True)
+    if trainer.is_global_zero:
+        _remove(saver.file)
     if recorder.stopped:
         return None
     trainer.limit_val_batches = limit
@@ -95,27 +103,46 @@ class _Scalars(TensorBoardLogger):
 class _Leg(pl.Callback):
     """Saves a checkpoint at the end of each leg of a run but the last; each in place of the one before."""
 
-    def __init__(self, study: Study, cell: Cell, folder: Path, legs: int) -> None:
+    def __init__(self, study: Study, cell: Cell, folder: Path, legs: int, recorder: Recorder) -> None:
         meaning = {**study.fingerprint(), "settings": plain(study.settings_of(cell))}
         own = [meaning[name] for name in ("program", "steps", "settings", "lr")]  # whatever else the study holds
         self.file = folder / f"leg-{hashlib.sha256(json.dumps(own).encode()).hexdigest()[:8]}.ckpt"
         self._every = -(-study.steps // legs)
         self._saved = 0
+        self._recorder = recorder
 
     def on_train_batch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule, *_: Any) -> None:
         step = trainer.global_step
         if step % self._every == 0 and self._saved < step < trainer.max_steps and not trainer.should_stop:
+            self._recorder.average(trainer)
             unfinished = self.file.with_suffix(".part")
             trainer.save_checkpoint(unfinished)
-            unfinished.rename(self.file)
+            if trainer.is_global_zero:
+                _remove(self.file)
+                unfinished.rename(self.file)
             self._saved = step
 
 
+def _remove(checkpoint: Path) -> None:
+    """A file, or the folder that a sharded one is."""
+    if checkpoint.is_dir():
+        shutil.rmtree(checkpoint)
+    checkpoint.unlink(missing_ok=True)
+
+
+def _ranks() -> int:
+    """How many processes train together with this one."""
+    return int(os.environ["WORLD_SIZE"]) if is_torchelastic_launched() else 1
+
+
 def _validate(study: Study, cli: LightningCLI) -> float:
+    """The metric, a mean over the ranks."""
     metrics: dict[str, float] = {}
     for found in cli.trainer.validate(cli.model, datamodule=cli.datamodule, verbose=False):
         metrics.update(found)
-    return metric_of(study, metrics, "validation_step logs")
+    own = metric_of(study, metrics, "validation_step logs")
+    strategy = cli.trainer.strategy
+    return own if _ranks() == 1 else float(strategy.reduce(torch.tensor(own, device=strategy.root_device)))
 
 
 @_quiet()
@@ -126,6 +153,7 @@ def check(study: Study) -> None:
         StudyError: The program can't be built, its data can't be read, or an arm does not fit its model.
     """
     checked: set[object] = set()
+    numbers = set()
     for group in study.groups:
         parts = {group.arm, *group.factors}
         if parts <= checked:
@@ -134,6 +162,9 @@ def check(study: Study) -> None:
         cell = group.cell(lr, study.seeds[0])  # type: ignore[arg-type]
         try:
             cli = _build(study, cell)
+            numbers.add(number := cli.trainer.num_devices)
+            if number != _ranks():
+                continue
             if not cli.trainer.limit_val_batches:
                 raise ValueError("trainer.limit_val_batches must let a batch be validated, got 0")
             for callback in cli.trainer.callbacks:  # type: ignore[attr-defined]
@@ -151,6 +182,8 @@ def check(study: Study) -> None:
         except (ValueError, TypeError, ImportError, OSError, MisconfigurationException) as error:
             raise study.error(f"{group.label}: {error}", *_place(study, group.arm, str(error))) from error
         checked |= parts
+    for number in numbers - {_ranks()} if _ranks() == 1 else ():
+        spread(number, study, None, Path())
 
 
 def _build(study: Study, cell: Cell, folder: Path = Path(), *, steps: int | None = None) -> LightningCLI:
@@ -192,6 +225,8 @@ def _build(study: Study, cell: Cell, folder: Path = Path(), *, steps: int | None
                 raise ValueError(f"{study.program} can't be built: {told}") from error
 
     cli = Program(args=arguments, run=False, save_config_callback=None)
+    if cli.trainer.num_nodes > 1:
+        raise ValueError(f"trainer.num_nodes must be 1, since a cell is trained on one, got {cli.trainer.num_nodes}")
     kept = [callback for callback in cli.trainer.callbacks if not isinstance(callback, FRILLS)]
     arm = study.arm(cell.arm)
     msign = {} if arm.until is None else _msign_arguments(study, cell, cli)

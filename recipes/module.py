@@ -95,7 +95,7 @@ class LanguageModel(pl.LightningModule):
             self.transformer.compile()  # type: ignore[no-untyped-call]
 
     def validation_step(self, batch_BL: Tensor) -> None:
-        self.log("loss/val", self.loss(batch_BL), batch_size=len(batch_BL), prog_bar=True)
+        self.log("loss/val", self.loss(batch_BL), batch_size=len(batch_BL), prog_bar=True, sync_dist=True)
 
     def parameter_groups(self) -> ParameterGroups:
         """Parameters by kind, each once: the blocks' matrices, embeddings with the head, and gains."""

@@ -10,10 +10,11 @@ from typing import Any
 import lightning.pytorch as pl
 import torch
 from torch import Tensor
-from torch.nn.utils import get_total_norm
 
 from msign_lightning import Target, select_targets, stable_rank
 from msign_lightning.callbacks import gradient_scale
+from msign_lightning.matrices import gather
+from msign_lightning.monitor import grad_norm
 from msign_lightning.targets import EmptySelectionError
 
 POINTS = 50
@@ -24,14 +25,14 @@ class Recorder(pl.Callback):
     """Records the loss and the gradient norm of every optimizer step; logs about every `every` steps.
 
     Values are brought from the device together, one step before a multiple of `every` and at the last step, and the
-    training is stopped there if a loss was not finite or `progress` says so. At about fifty of these steps the
-    geometric mean of the attention matrices' stable ranks is measured, if the model has any: hence before an
-    application of MSign with most periods, not right after it.
+    training is stopped there if a loss was not finite or `progress` says so. Of several ranks they are the means.
+    At about fifty of these steps the geometric mean of the attention matrices' stable ranks is measured, if the
+    model has any: hence before an application of MSign with most periods, not right after it.
 
     Args:
         every: Optimizer steps between two transfers.
-        progress: Called there with the step and the mean loss of the last `every` steps; True stops the training,
-            unless it was the last step.
+        progress: Called there on rank 0 with the step and the mean loss of the last `every` steps; True stops the
+            training, unless it was the last step.
 
     Attributes:
         losses: Of each step, up to the first that was not finite.
@@ -77,8 +78,8 @@ class Recorder(pl.Callback):
         self._start = perf_counter()
 
     def on_before_optimizer_step(self, trainer: pl.Trainer, pl_module: pl.LightningModule, optimizer: Any) -> None:
-        norm = get_total_norm([p.grad for p in pl_module.parameters() if p.grad is not None])
-        self._norms.append(norm / gradient_scale(trainer, optimizer))
+        norm = grad_norm(pl_module.parameters(), gradient_scale(trainer, optimizer))
+        self._norms.append(torch.zeros(()) if norm is None else norm)
 
     def on_train_batch_end(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, outputs: Any, batch: Any, batch_idx: int
@@ -108,9 +109,17 @@ class Recorder(pl.Callback):
         self._losses, self._norms = ([torch.tensor(v) for v in pending[name]] for name in ("loss", "norm"))
         vars(self).update({name: value for name, value in state_dict.items() if name != "pending"})
 
+    def average(self, trainer: pl.Trainer) -> None:
+        """Makes what is not brought yet means over the ranks, as a checkpoint needs it, which all ranks load."""
+        if self._losses:
+            device = self._losses[-1].device  # others may come from a checkpoint
+            stacked = torch.stack([value.to(device) for value in (*self._losses, *self._norms)])
+            means = trainer.strategy.reduce(stacked, reduce_op="mean")
+            self._losses, self._norms = [*means[: len(self._losses)]], [*means[len(self._losses) :]]
+
     def _bring(self, trainer: pl.Trainer) -> None:
-        device = self._losses[-1].device  # others may come from a checkpoint
-        values = torch.stack([value.to(device) for value in (*self._losses, *self._norms)]).tolist()
+        self.average(trainer)
+        values = torch.stack([*self._losses, *self._norms]).tolist()
         losses, norms = values[: len(self._losses)], values[len(self._losses) :]
         self._timed.append((len(losses), perf_counter() - self._start))
         self._losses, self._norms = [], []
@@ -131,10 +140,11 @@ class Recorder(pl.Callback):
         metrics = {"loss/smoothed": loss, "lr": float(rate), "grad_norm/max": grad_norm}
         at_some = max(1, trainer.max_steps // (POINTS * self._every))
         if self._targets and (len(self._timed) % at_some == 0 or self.steps == trainer.max_steps):
-            ranks = torch.cat([stable_rank(target.matrix(target.parameter)) for target in self._targets])
+            ranks = torch.cat([stable_rank(target.matrix(gather(target.parameter))) for target in self._targets])
             metrics["stable_rank/attention"] = ranks.clamp(min=1).log().mean().exp().item()
             self.stable_ranks[self.steps] = metrics["stable_rank/attention"]
         for logger in trainer.loggers:
             logger.log_metrics(metrics, step=self.steps)
-        if self._progress is not None and self._progress(self.steps, loss) and self.steps < trainer.max_steps:
+        stop = self._progress is not None and trainer.is_global_zero and self._progress(self.steps, loss)
+        if trainer.strategy.broadcast(stop) and self.steps < trainer.max_steps:
             self.stopped = trainer.should_stop = True
