@@ -6,7 +6,9 @@ compare. `FrontierSampler` and `frontier_of` search and read a stability frontie
 
 from msign_lightning._extras import need
 
-need("ablations", "jinja2", "matplotlib", "optuna", "pandas", "scipy", "sqlalchemy", "tqdm", "yaml")
+need(
+    "ablations", "jinja2", "matplotlib", "optuna", "pandas", "pytorch_optimizer", "scipy", "sqlalchemy", "tqdm", "yaml"
+)
 
 from msign_lightning.ablations.cell import Cell, Criterion, Group, Outcome
 from msign_lightning.ablations.methods import ARMS

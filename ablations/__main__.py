@@ -25,8 +25,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     try:
         study = load(options.study, smoke=options.smoke)
         if options.command == "report":
-            for file in _report(study, options):
-                print(file)
+            print(*_report(study, options), sep="\n")
             return 0
         if options.dry_run:
             print(plan(study, storage=options.storage, folder=options.folder))
@@ -44,7 +43,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
             print(f"failed: {label}", file=sys.stderr)
         if results(study, **where):
             print(f"report: {_report(study, options)[0]}")
-    except (StudyError, StorageError) as error:
+    except (StudyError, StorageError, ModuleNotFoundError) as error:  # of the extra ray
         print(f"error: {error}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:

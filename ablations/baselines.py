@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable
+from statistics import fmean, pvariance
 from typing import Any
 
 import lightning.pytorch as pl
 import pytorch_optimizer
-import torch
 from torch.nn.utils import clip_grads_with_norm_, get_total_norm
 
 from msign_lightning.callbacks import gradient_scale
@@ -38,12 +38,11 @@ class ZClip(pl.Callback):
         self._first: list[float] = []
 
     def on_before_optimizer_step(self, trainer: pl.Trainer, pl_module: pl.LightningModule, optimizer: Any) -> None:
-        parameters = [p for p in pl_module.parameters() if p.grad is not None]
-        norm = get_total_norm([p.grad for p in parameters if p.grad is not None])
+        norm = get_total_norm([p.grad for p in pl_module.parameters() if p.grad is not None])
         scale = gradient_scale(trainer, optimizer)
         bound = self.update(norm.item() / scale)
         if bound is not None:
-            clip_grads_with_norm_(parameters, bound * scale, norm)
+            clip_grads_with_norm_(pl_module.parameters(), bound * scale, norm)
 
     def update(self, norm: float) -> float | None:
         """Takes in the norm of a step; returns what to clip it to, or None."""
@@ -51,8 +50,7 @@ class ZClip(pl.Callback):
             return None
         if len(self._first) < self.warmup_steps:
             self._first.append(norm)
-            variance, mean = torch.var_mean(torch.tensor(self._first, dtype=torch.float64), correction=0)
-            self.mean, self.variance = mean.item(), variance.item()
+            self.mean, self.variance = fmean(self._first), pvariance(self._first)
             return None
         bound = None
         deviation = math.sqrt(self.variance)

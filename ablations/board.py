@@ -66,16 +66,10 @@ def _session(run: Mapping[str, Any], cell: Mapping[str, Any], folder: Path) -> N
     """One run's session: its cell, its outcome, and that it has ended, when its training did."""
     ends = [file.stat().st_mtime for file in folder.glob("events.out.tfevents.*") if not file.name.endswith(SUFFIX)]
     end = max(ends, default=time.time())
-    scalars = [
-        Summary.Value(tag=f"outcome/{name}", simple_value=float(run[name])) for name in METRICS if pd.notna(run[name])
-    ]
-    ended = plugin_data_pb2.SessionEndInfo(status=api_pb2.STATUS_SUCCESS, end_time_secs=end)
-    data = plugin_data_pb2.HParamsPluginData(session_end_info=ended)
-    last = Summary.Value(
-        tag=metadata.SESSION_END_INFO_TAG,
-        metadata=metadata.create_summary_metadata(data),
-        tensor=metadata.NULL_TENSOR,
-    )
+    scalars = [Summary.Value(tag=f"outcome/{name}", simple_value=run[name]) for name in METRICS if pd.notna(run[name])]
+    ended = {"status": api_pb2.STATUS_SUCCESS, "end_time_secs": end}
+    data = metadata.create_summary_metadata(plugin_data_pb2.HParamsPluginData(session_end_info=ended))
+    last = Summary.Value(tag=metadata.SESSION_END_INFO_TAG, metadata=data, tensor=metadata.NULL_TENSOR)
     first = summary_v2.hparams_pb(cell, trial_id=folder.name, start_time_secs=end - run["seconds"])
     _replace(folder, [first, Summary(value=scalars), Summary(value=[last])], step=run["steps"], at=end)
 
@@ -88,7 +82,6 @@ def _image(tag: str, png: bytes) -> Summary:
 
 def _replace(folder: Path, summaries: Sequence[Summary], *, step: int, at: float) -> None:
     """Writes an event file, in place of that of an earlier report."""
-    folder.mkdir(parents=True, exist_ok=True)
     for file in folder.glob(f"events.out.tfevents.*{SUFFIX}"):
         file.unlink()
     writer = EventFileWriter(str(folder), filename_suffix=SUFFIX)

@@ -28,6 +28,10 @@ def plain(value: Any) -> Any:
     return [plain(inner) for inner in value] if isinstance(value, Sequence) and not isinstance(value, str) else value
 
 
+def _frozen(value: Any) -> Any:
+    return tuple(map(_frozen, value)) if isinstance(value, list) else value
+
+
 def show(value: Value) -> str:
     """The value, for people."""
     if isinstance(value, tuple):
@@ -99,7 +103,7 @@ class Cell(NamedTuple):
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> Cell:
         """The cell that gave `as_dict`."""
-        factors = {n: tuple(v) if isinstance(v, list) else v for n, v in values["factors"].items()}
+        factors = {name: _frozen(value) for name, value in values["factors"].items()}
         return cls(values["arm"], tuple(sorted(factors.items())), values["seed"])
 
 
@@ -180,11 +184,8 @@ class Outcome(NamedTuple):
 
 def smooth(losses: Sequence[float]) -> list[float]:
     """Mean of each loss and those of up to nineteen before it."""
-    sums = np.cumsum([0.0, *losses])
-    ends = np.arange(1, len(losses) + 1)
-    starts = np.maximum(ends - WINDOW, 0)
-    smoothed: list[float] = ((sums[ends] - sums[starts]) / (ends - starts)).tolist()
-    return smoothed
+    windows = (losses[max(0, end - WINDOW) : end] for end in range(1, len(losses) + 1))
+    return [sum(window) / len(window) for window in windows]
 
 
 def find_collapse(smoothed: Sequence[float], delta: float) -> int | None:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import multiprocessing
-import queue
 import threading
 from collections.abc import Mapping
 from contextlib import suppress
@@ -21,16 +20,14 @@ class _Attendant:
     """The worker's process; its thread takes the tasks that are put and makes the messages that are got."""
 
     def __init__(self, study: Study, folder: Path, legs: int) -> None:
-        self._tasks: queue.SimpleQueue[Any] = queue.SimpleQueue()
-        self._messages: queue.SimpleQueue[Any] = queue.SimpleQueue()
-        self.recv, self.send = self._tasks.get, self._messages.put
-        threading.Thread(target=attend, args=(self, study, folder, {}, legs), daemon=True).start()
+        self._connection, theirs = multiprocessing.Pipe()
+        threading.Thread(target=attend, args=(theirs, study, folder, {}, legs), daemon=True).start()
 
     def put(self, task: Cell | bool | None) -> None:
-        self._tasks.put(task)
+        self._connection.send(task)
 
     def get(self) -> Any:
-        return self._messages.get()
+        return self._connection.recv()
 
 
 class RayWorker(Worker):
@@ -65,9 +62,18 @@ class RayWorker(Worker):
 
 def cores() -> int:
     """How many cores the cluster has."""
+    return _count("CPU")
+
+
+def gpus() -> list[str]:
+    """A name for each GPU of the cluster, which Ray deals out."""
+    return ["GPU"] * _count("GPU")
+
+
+def _count(resource: str) -> int:
     _connect()
     resources: Any = ray.cluster_resources
-    return int(resources().get("CPU", 1))
+    return int(resources().get(resource, 0))
 
 
 def _connect() -> None:

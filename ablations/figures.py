@@ -8,17 +8,15 @@ from __future__ import annotations
 import itertools
 import math
 import textwrap
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any, NamedTuple
 
-import numpy as np
 import pandas as pd  # type: ignore[import-untyped]
-from matplotlib.artist import Artist
 from matplotlib.axes import Axes
 from matplotlib.colors import LogNorm
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
-from matplotlib.ticker import LogLocator, NullFormatter, NullLocator
+from matplotlib.ticker import LogLocator, NullFormatter
 from matplotlib.transforms import ScaledTranslation
 
 from msign_lightning.ablations import results
@@ -48,7 +46,7 @@ class Drawing(NamedTuple):
 def bound(boundary: Any) -> str:
     """LR_max of a row of `results.frontier` for people: "0.0123", or "≥ 0.1" where it is a bound only."""
     sign = {"bracketed": "", "all_stable": "≥ ", "all_unstable": "≤ "}[boundary.status]
-    return f"{sign}{boundary.lr_max:.3g}"
+    return f"{sign}{boundary.lr_max:.{3 if sign == '' else 4}g}"
 
 
 def draw(found: Findings) -> list[Drawing]:
@@ -71,10 +69,8 @@ def loss(table: pd.DataFrame, baseline: str, metric: str) -> Drawing:
 
     def draw_line(ax: Axes, rows: pd.DataFrame, style: Style, aside: float) -> None:
         color = style["color"]
-        losses_RS = rows.pivot(index="lr", columns="seed", values="loss").sort_index()
-        lines = []
-        if losses_RS.size == len(rows):
-            lines += ax.plot(losses_RS.index, losses_RS.mean(axis=1, skipna=False), **style)
+        losses_RS = rows.pivot(index="lr", columns="seed", values="loss").reindex(columns=table["seed"].unique())
+        lines = ax.plot(losses_RS.index, losses_RS.mean(axis=1, skipna=False), **style)
         for stable, face in ((True, color), (False, "white")):
             some = rows[rows["stable"] == stable]
             lines += ax.plot(some["lr"], some["loss"], "o", color=color, markerfacecolor=face, markersize=4)
@@ -93,13 +89,13 @@ def loss(table: pd.DataFrame, baseline: str, metric: str) -> Drawing:
         partner = results.partners(list(groups), baseline)
         pairs = {g: [partner[g], g] if g in partner else [g] for g in groups if g not in partner.values()}
         panels = {group.label: {g.label: groups[g] for g in pair} for group, pair in pairs.items()}
-    figure, axes = _panels(panels, _grey(table, baseline), draw_line, handles)
+    figure, axes = _panels(panels, _grey(list(groups), baseline), draw_line, handles)
     _scale(axes[0], table["lr"])
     figure.supxlabel("peak learning rate", fontsize="medium")
     figure.supylabel(f"validation loss ({metric})", fontsize="medium")
     text = (
         f"{metric} against peak learning rate: points for seeds, set side by side, and lines for means over all seeds; "
-        "a line has gaps where a run diverged."
+        "a line has gaps where a run diverged or is missing."
     )
     return Drawing("loss", text, figure)
 
@@ -108,9 +104,7 @@ def frontier(table: pd.DataFrame, boundaries: pd.DataFrame) -> Drawing:
     """LR_max of each group with its interval, and every run."""
     figure = Figure(figsize=(7, 1.5 + 0.32 * len(boundaries)), layout="constrained")
     ax = figure.add_subplot()
-    values = pd.concat([boundaries["lr_max"], boundaries["low"], boundaries["high"], table["lr"]])
-    values = values[(values > 0) & (values < math.inf)]
-    left, right = values.min() / 1.5, values.max() * 1.5
+    left, right = table["lr"].min() / 1.5, table["lr"].max() * 1.5
     color, is_unstable, is_stable = COLORS[:3]
     for y, b in enumerate(boundaries.itertuples()):
         rows = table[table["group"] == b.group]
@@ -128,11 +122,12 @@ def frontier(table: pd.DataFrame, boundaries: pd.DataFrame) -> Drawing:
     names = [f"{b.group.label}{' †' * (b.n_non_monotone > 0)}   {bound(b)}" for b in boundaries.itertuples()]
     ax.set_yticks(range(len(boundaries)), names, fontsize=SMALL)
     ax.grid(axis="x", alpha=0.3)
-    levels = " or ".join(f"{level:.3g}" for level in sorted(boundaries["confidence"].unique()))
-    ax.set_xlabel(f"highest stable learning rate LR_max\n(interval that holds it with probability {levels})")
+    levels = " or ".join(f"{level:.3g}" for level in sorted(boundaries["confidence"].unique()) if level)
+    held = f"interval that holds it with probability {levels}" if levels else "one seed's bracket"
+    ax.set_xlabel(f"highest stable learning rate LR_max\n({held})")
     handles = [_marker("LR_max", "o", color), _marker("a bound only", "o", color, "white")]
     handles += [_marker("unstable run", "|", is_unstable), _marker("stable run", "|", is_stable)]
-    _legend(figure, handles)
+    _legend(figure, {}, handles)
     text = (
         "Up to which learning rate training is stable, with intervals; arrows where no run shows an end; † where a "
         "stable run is above an unstable one."
@@ -143,8 +138,7 @@ def frontier(table: pd.DataFrame, boundaries: pd.DataFrame) -> Drawing:
 def frontier_map(boundaries: pd.DataFrame) -> list[Drawing]:
     """LR_max by period and targets, a panel for each arm with its other factors; nothing without two of each."""
     axis_names = ["period", "targets"]
-    cells = boundaries.join(factors_of(boundaries["group"])).reindex(columns=[*boundaries, *axis_names])
-    cells = cells.dropna(subset=axis_names)
+    cells = boundaries.join(factors_of(boundaries["group"]).reindex(columns=axis_names)).dropna(subset=axis_names)
     others = [Group(g.arm, tuple(f for f in g.factors if f[0] not in axis_names)) for g in cells["group"]]
     panels = {group: part for group, part in cells.groupby(others) if (part[axis_names].nunique() > 1).all()}
     if not panels:
@@ -186,7 +180,7 @@ def survival(table: pd.DataFrame, baseline: str) -> Drawing:
             low, high, color = curve["low"], curve["high"], style["color"]
             ax.fill_between(curve["step"], low, high, step="post", color=color, alpha=0.1, linewidth=0)
 
-    figure, axes = _panels(panels, _grey(table, baseline), draw_line)
+    figure, axes = _panels(panels, _grey(table["group"].unique(), baseline), draw_line)
     axes[0].set_ylim(-0.06, 1.06)
     axes[0].set_xlim(0, curves["step"].max() * 1.02)
     figure.supxlabel("optimizer steps", fontsize="medium")
@@ -199,9 +193,8 @@ def survival(table: pd.DataFrame, baseline: str) -> Drawing:
     return Drawing("survival", text, figure)
 
 
-def _grey(table: pd.DataFrame, baseline: str) -> list[str]:
+def _grey(groups: Sequence[Group], baseline: str) -> list[str]:
     """Labels of the baseline's groups, where they need not be told from each other."""
-    groups = table["group"].unique()
     own = [group.label for group in groups if group.arm == baseline]
     return own if len(own) == 1 or len(groups) > MOST else []
 
@@ -209,30 +202,31 @@ def _grey(table: pd.DataFrame, baseline: str) -> list[str]:
 def curves(study: Study, runs: Sequence[Run], baseline: str) -> list[Drawing]:
     """Loss and stable rank over the steps of a grid, a column for each learning rate, if one panel holds all groups."""
     ours = [group for group in study.groups if any(run.outcome.ranks and run.cell.group == group for run in runs)]
-    ours.sort(key=lambda group: group.arm != baseline)
     rates = sorted({run.cell.lr for run in runs})
     if not isinstance(study.sampler, Grid) or not 0 < len(ours) <= MOST:
         return []
+    styles = _styles([group.label for group in ours], _grey(ours, baseline))
     figure = Figure(figsize=(1 + 4.5 * len(rates), 7), layout="constrained")
     axes = figure.subplots(2, len(rates), sharex=True, sharey="row", squeeze=False)
     for (top, bottom), lr in zip(axes.T, rates, strict=True):
-        for group, color in zip(ours, (GREY, *COLORS), strict=False):
+        for group in ours:
+            style = styles[group.label]
             outcomes = [run.outcome for run in runs if run.cell.group == group and run.cell.lr == lr]
-            ranks = [dict(o.ranks) for o in outcomes if o.ranks]
-            for ax, lines in ((top, [dict(o.curve) for o in outcomes]), (bottom, ranks)):
-                common = sorted(set.intersection(*map(set, lines))) if lines else []
-                if steps := [step for step in common if step > study.steps / 10]:
-                    values_ST = np.array([[line[step] for step in steps] for line in lines])
-                    ax.plot(steps, values_ST.mean(0), color=color, label=group.label)
-                    ax.fill_between(steps, values_ST.min(0), values_ST.max(0), color=color, alpha=0.2, linewidth=0)
+            for ax, lines in ((top, [o.curve for o in outcomes]), (bottom, [o.ranks for o in outcomes if o.ranks])):
+                values_ST = pd.DataFrame([dict(line) for line in lines]).dropna(axis=1)  # at the steps that all have
+                values_ST = values_ST.loc[:, values_ST.columns > study.steps / 10]
+                if values_ST.size:
+                    ax.plot(values_ST.columns, values_ST.mean(), label=group.label, **style)
+                    low, high = values_ST.min(), values_ST.max()
+                    ax.fill_between(values_ST.columns, low, high, color=style["color"], alpha=0.2, linewidth=0)
         top.set_title(f"peak learning rate {lr:g}", fontsize=SMALL + 2)
         bottom.set_xlabel("optimizer steps")
         bottom.set_yscale("log", base=2)
+        bottom.yaxis.set_major_locator(LogLocator(base=2, subs=(1.0, 1.5)))  # two labels or more from 3 to 4 on
         bottom.yaxis.set_major_formatter("{x:g}")
     axes[0, 0].set_ylabel("training loss")
     axes[1, 0].set_ylabel("stable rank of attention matrices")
-    handles = {line.get_label(): line for ax in axes[0] for line in ax.get_legend_handles_labels()[0]}
-    _legend(figure, [*handles.values()])
+    _legend(figure, styles)
     caption = "Loss and stable rank over the steps, without the first tenth: mean, lowest and highest of the seeds."
     return [Drawing("curves", caption, figure)]
 
@@ -248,10 +242,7 @@ def _panels(
     Lines are drawn by a function of axes, data, colour and dashes, and place among the lines of the panel.
     """
     labels = dict.fromkeys(label for lines in panels.values() for label in lines if label not in panels)
-    colored = [label for label in labels if label not in grey]
-    styles: dict[str, Style] = {label: {"color": GREY, "linestyle": "-"} for label in labels}
-    for label, (dashes, color) in zip(colored, itertools.product(DASHES, COLORS), strict=False):
-        styles[label] = {"color": color, "linestyle": dashes}
+    styles = _styles(labels, grey)
     columns = min(len(panels), 2 if len(panels) <= 4 else 4)
     rows = math.ceil(len(panels) / columns)
     width, height = {1: (6.5, 4.2), 2: (4.6, 3.4)}.get(columns, (3.0, 2.4))
@@ -266,18 +257,24 @@ def _panels(
         ax.tick_params(labelbottom=True, labelsize=SMALL)
     for ax in axes[len(panels) :]:
         ax.remove()
-    handles = [Line2D([], [], label=label, **style) for label, style in styles.items()]
-    _legend(figure, [*handles, *markers])
+    _legend(figure, styles, markers)
     return figure, axes[: len(panels)]
+
+
+def _styles(labels: Iterable[str], grey: Sequence[str]) -> dict[str, Style]:
+    """Colour and dashes of each line: no two are the same but grey ones."""
+    looks = itertools.cycle({"color": c, "linestyle": dashes} for dashes, c in itertools.product(DASHES, COLORS))
+    return {label: {"color": GREY, "linestyle": "-"} if label in grey else next(looks) for label in labels}
 
 
 def _marker(label: str, shape: str, color: str, face: str | None = None) -> Line2D:
     return Line2D([], [], linestyle="", marker=shape, color=color, markerfacecolor=face or color, label=label)
 
 
-def _legend(figure: Figure, handles: Sequence[Artist]) -> None:
+def _legend(figure: Figure, styles: Mapping[str, Style], markers: Sequence[Line2D] = ()) -> None:
     """A legend of as many columns, up to four, as the figure is wide enough for."""
-    longest = max((len(str(handle.get_label())) for handle in handles), default=0)
+    handles = [*(Line2D([], [], label=label, **style) for label, style in styles.items()), *markers]
+    longest = max(len(str(handle.get_label())) for handle in handles)
     room = int(figure.get_figwidth() * 13) // (4 + longest)
     columns = min(max(room, 1), 4)
     figure.legend(handles=handles, loc="outside upper center", ncols=columns, frameon=False, fontsize=SMALL)
@@ -287,8 +284,8 @@ def _scale(ax: Axes, rates: pd.Series) -> None:
     """A logarithmic axis of learning rates, with labels at each, or, of many, at 1, 3 and 10 of each decade."""
     ax.set_xscale("log")
     if rates.nunique() <= 6:
-        ax.set_xticks(sorted(rates.unique()))
-        ax.xaxis.set_minor_locator(NullLocator())
+        ax.set_xticks(rates.unique())
+        ax.minorticks_off()
     else:
         ax.xaxis.set_major_locator(LogLocator(subs=(1.0, 3.0)))
         ax.xaxis.set_minor_formatter(NullFormatter())

@@ -71,11 +71,11 @@ class Worker:
         self._process = context.Process(target=attend, args=(theirs, study, folder, environment, legs))
         # Ctrl-C reaches all processes of a terminal; the mask keeps it from the worker, which its parent stops.
         resource_tracker.ensure_running()  # would lift the mask if it were started by the first worker's start
-        signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
+        before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
         try:
             self._process.start()
         finally:
-            signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGINT})
+            signal.pthread_sigmask(signal.SIG_SETMASK, before)
         theirs.close()
         self.name = f"worker process {self._process.pid}"
         self.handles = self._connection, self._process.sentinel  # whose children may keep the pipe open
@@ -283,7 +283,7 @@ def attend(pipe: Any, study: Study, folder: Path, environment: Mapping[str, str]
             if (cell := pipe.recv()) is None:
                 check(study)
             send(Finished(None if cell is None else run_cell(study, cell, folder, progress, legs)))
-    except Exception as error:
+    except (Exception, SystemExit) as error:
         crashed = Crashed(traceback.format_exc())
         if (no_space := _find_no_space(error)) is not None:
             crashed = Crashed(f"folder {folder} can't be written to: {no_space}", StorageError)

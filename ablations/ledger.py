@@ -15,7 +15,6 @@ the machines' clocks need not agree.
 from __future__ import annotations
 
 import itertools
-import json
 import logging
 import math
 import os
@@ -47,7 +46,7 @@ BEAT = 10.0  # seconds between two signs of life
 GRACE = 60.0  # seconds without one after which a parent counts as dead
 
 _DONE = (TrialState.COMPLETE, TrialState.PRUNED)
-_MAY_CHANGE = ("arms", "factors.", "seeds", "variants.", "sampler.runs", "sampler.trials")
+_MAY_CHANGE = ("arms", "factors.", "seeds", "sampler.runs", "sampler.trials")
 """Parts of a study that grow and shrink after its start, variants as wholes; a search's trials must stay comparable."""
 _log = logging.getLogger(__name__)
 Place = tuple[Group, int]
@@ -83,11 +82,14 @@ def find(study: Study, backend: BaseStorage) -> optuna.Study:
 
 def changes_of(study: Study, started: Mapping[str, Any] | None) -> list[str]:
     """How a study differs from what it was when cells were trained, as far as that makes them others."""
+    if started is None:
+        return []
     may_change = ("sampler.trials",) if isinstance(study.sampler, Tpe) else _MAY_CHANGE
-    changed = [] if started is None else changes(started, _plain(study))
-    return [
-        c for c in changed if not c.startswith(may_change) or (c.startswith("variants.") and c.count("nothing") != 1)
-    ]
+    old = started.get("variants", {})
+    new = {name: variant for name, variant in study.fingerprint()["variants"].items() if name in old}
+    kept = {name: variant for name, variant in old.items() if name in new}
+    changed = changes({**started, "variants": kept}, {**study.fingerprint(), "variants": new})
+    return [change for change in changed if not change.startswith(may_change)]
 
 
 def exists(study: Study, backend: BaseStorage) -> bool:
@@ -120,21 +122,23 @@ class Ledger:
             with warnings.catch_warnings():
                 warnings.simplefilter("ignore", ExperimentalWarning)
                 self._storage.set_metric_names([study.metric])
-        if self._storage.user_attrs.get("fingerprint") != _plain(study):
-            self._storage.set_user_attr("fingerprint", _plain(study))
+        started = self._storage.user_attrs.get("fingerprint", {})
+        fingerprint = study.fingerprint()
+        fingerprint["variants"] = {**started.get("variants", {}), **fingerprint["variants"]}  # also those left out
+        if started != fingerprint:
+            self._storage.set_user_attr("fingerprint", fingerprint)
         self._parent = f"{socket.gethostname()}-{os.getpid()}-{uuid.uuid4().hex[:8]}"
         self._beats = 0
         self._last_beat = -math.inf
         self._seen: dict[str, tuple[int | None, float]] = {}  # by parent: its counter, and since when
-        self._claims: dict[int, Claim] = {}
-        self._given_up: dict[int, Claim] = {}
+        self.failed: list[str] = []  # labels of the cells that this parent gave up
+        self._ours: set[int] = set()  # trials that this parent must end, those of cells given up included
         self._done: set[str] = set()  # keys of cells
         self._settled = 0  # trials below this number are finished
         sampler, interval = study.sampler, Interval(1, 10, runs=1)  # one run per cell, whatever its learning rate
         if isinstance(sampler, Bisect):
             interval = Interval(sampler.low, sampler.high, True, sampler.resolution, sampler.runs)
         self._search: Search[Cell | Place] = Search(interval)
-        self._next_draw = -1  # number of the next trial, if no other parent draws
         self._storage.pruner = MedianPruner(n_warmup_steps=study.steps // 5) if study.prune else NopPruner()
 
     @property
@@ -149,11 +153,6 @@ class Ledger:
         self._absorb()
         return len(self._done)
 
-    @property
-    def failed(self) -> list[str]:
-        """The cells that this parent gave up."""
-        return [claim.cell.label for claim in self._given_up.values()]
-
     def keep_up(self) -> None:
         """Every `BEAT` seconds: shows that this parent lives, and fails the running trials of dead ones."""
         now = time.monotonic()
@@ -166,7 +165,7 @@ class Ledger:
         self._storage.set_user_attr(f"parent:{self._parent}", self._beats)
         beats = self._storage.user_attrs
         for trial in self._trials(TrialState.RUNNING):
-            if trial.number in self._claims or trial.number in self._given_up:
+            if trial.number in self._ours:
                 continue
             parent = f"parent:{trial.user_attrs.get('parent', trial.number)}"  # one that has not said yet who it is
             beat = beats.get(parent)
@@ -181,7 +180,7 @@ class Ledger:
         """A cell to train; None if there is none now."""
         claim = self._draw() if isinstance(self._study.sampler, Tpe) else self._begin()
         if claim is not None:
-            self._claims[claim.trial.number] = claim
+            self._ours.add(claim.trial.number)
         return claim
 
     def adopt(self, cell: Cell, outcome: Outcome) -> None:
@@ -194,8 +193,10 @@ class Ledger:
 
     def is_finished(self) -> bool:
         """Whether, when there is nothing to claim, nobody trains a cell that might have to be trained again."""
-        under_way = self._absorb()
-        return all("error" in trial.user_attrs for trial in under_way) and self._choose(under_way) is None
+        under_way, sampler = self._absorb(), self._study.sampler
+        if not all("error" in trial.user_attrs for trial in under_way):
+            return False
+        return self._count() >= sampler.trials if isinstance(sampler, Tpe) else self._choose(under_way) is None
 
     def progress(self, claim: Claim, step: int, loss: float) -> bool:
         """Writes down the loss of a running cell; returns whether to prune it."""
@@ -217,17 +218,17 @@ class Ledger:
                     claim.trial.set_user_attr(name, value)
                 claim.trial.set_constraint("unstable", self._excess(outcome))
                 self._storage.tell(claim.trial, _value(outcome), skip_if_finished=True)
-        del self._claims[claim.trial.number]
+        self._ours.remove(claim.trial.number)
 
     def give_up(self, claim: Claim, error: str) -> None:
         """Writes down that a cell can't be trained, and why."""
         with _while_ours(claim):
             claim.trial.set_user_attr("error", error)
-        self._given_up[claim.trial.number] = self._claims.pop(claim.trial.number)
+        self.failed.append(claim.cell.label)
 
     def release(self) -> None:
         """Leaves the cells that are not finished to the next parent; this one must not go on."""
-        for number in [*self._claims, *self._given_up]:
+        for number in self._ours:
             self._fail(number)
 
     def _trials(self, *states: TrialState) -> list[FrozenTrial]:
@@ -310,9 +311,7 @@ class Ledger:
             self._fail(trial.number)
             return None
         trial.set_user_attr("parent", self._parent)
-        if trial.number != self._next_draw:  # nobody must draw again what this or another parent has drawn
-            self._storage.sampler = TPESampler(seed=sampler.seed + trial.number, constant_liar=True)
-        self._next_draw = trial.number + 1
+        self._storage.sampler = TPESampler(seed=sampler.seed + trial.number)  # nobody draws what another has drawn
         arm = trial.suggest_categorical("arm", study.arms)
         factors = {}
         for name, values in study.factors.items():
@@ -372,8 +371,3 @@ def _value(outcome: Outcome) -> float:
     if outcome.val_loss is not None and math.isfinite(outcome.val_loss):
         return outcome.val_loss
     return 2 * outcome.initial_loss if math.isfinite(outcome.initial_loss) else sys.float_info.max
-
-
-def _plain(study: Study) -> Any:
-    """The fingerprint as it comes back from a storage."""
-    return json.loads(json.dumps(study.fingerprint()))

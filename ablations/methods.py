@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from importlib.util import find_spec
 from pkgutil import resolve_name
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -25,7 +24,6 @@ class Arm(NamedTuple):
         callback: What makes the method's callback for the trainer, by its dotted name; one with MSign is given the
             arguments of an `MSignCallback`. A study is read, and its results are, without Lightning.
         arguments: Further arguments of it.
-        package: The package that it needs besides this project's dependencies.
     """
 
     description: str
@@ -33,7 +31,6 @@ class Arm(NamedTuple):
     until: float | None = None
     callback: str | None = None
     arguments: Mapping[str, Any] = {}
-    package: str | None = None
 
     def callbacks(self, **msign: Any) -> list[pl.Callback]:
         """The method's callbacks, given the arguments of an `MSignCallback` if it is one with MSign."""
@@ -42,11 +39,6 @@ class Arm(NamedTuple):
     def concerned_by(self, setting: str) -> bool:
         """Whether a setting, by its dotted name, changes this method."""
         return setting not in self.settings and (self.until is not None or not setting.startswith("msign."))
-
-    def check_package(self) -> None:
-        """Raises ImportError, with the extra to install, if the method's package is missing."""
-        if self.package is not None and find_spec(self.package) is None:
-            raise ImportError(f"{self.package} is not installed: pip install 'msign-lightning[ablations]'")
 
 
 def triggered(**msign: Any) -> pl.Callback:
@@ -64,24 +56,19 @@ def triggered(**msign: Any) -> pl.Callback:
 PLAIN = "adamw"
 """The arm that leaves a program as it is, with which others are compared."""
 OURS = "msign_lightning.ablations.baselines"
-PACKAGE = "pytorch_optimizer"
 MSIGN, SPIKE_NO_MORE = "msign_lightning.MSignCallback", "msign_lightning.SpikeNoMoreCallback"
 QK_NORM: dict[str, Value] = {"model.config.qk_norm": True}
 MUON: dict[str, Value] = {"model.optimizer": f"{OURS}.Muon"}
-STABLE_SPAM: dict[str, Value] = {"model.optimizer": f"{PACKAGE}.StableSPAM"}
-STABLE_ADAMW: dict[str, Value] = {"model.optimizer": f"{PACKAGE}.StableAdamW"}
+STABLE_SPAM: dict[str, Value] = {"model.optimizer": "pytorch_optimizer.StableSPAM"}
+STABLE_ADAMW: dict[str, Value] = {"model.optimizer": "pytorch_optimizer.StableAdamW"}
 CAP: dict[str, Value] = {"msign.rule": "cap"}
 
 ARMS: dict[str, Arm] = {
     PLAIN: Arm("The program's optimizer alone."),
     "adamw_beta95": Arm("AdamW with β₂ = 0.95.", {"model.optimizer.betas": (0.9, 0.95)}),
-    "zclip": Arm(
-        "Clipping of gradient norms by their z-score (arXiv 2504.02507).", callback=f"{OURS}.ZClip", package=PACKAGE
-    ),
+    "zclip": Arm("Clipping of gradient norms by their z-score (arXiv 2504.02507).", callback=f"{OURS}.ZClip"),
     "skip_nonfinite": Arm(
-        "No step where gradients are not finite, as with a gradient scaler.",
-        callback=f"{OURS}.SkipNonFinite",
-        package=PACKAGE,
+        "No step where gradients are not finite, as with a gradient scaler.", callback=f"{OURS}.SkipNonFinite"
     ),
     "qk_norm": Arm("RMS norm of queries and keys (arXiv 2302.05442).", QK_NORM),
     "scaled_embed": Arm(
@@ -95,16 +82,10 @@ ARMS: dict[str, Arm] = {
         arguments={"shortcut": "scaled_embed"},
     ),
     "muon": Arm(
-        "Muon for the blocks' matrices, its updates × 0.2 √max(m, n) (arXiv 2502.16982); AdamW for the rest.",
-        MUON,
-        package=PACKAGE,
+        "Muon for the blocks' matrices, its updates × 0.2 √max(m, n) (arXiv 2502.16982); AdamW for the rest.", MUON
     ),
-    "stablespam": Arm(
-        "Stable-SPAM (arXiv 2502.17055) with the recipe's β and weight decay.", STABLE_SPAM, package=PACKAGE
-    ),
-    "stableadamw": Arm(
-        "StableAdamW (arXiv 2304.13013) with the recipe's β and weight decay.", STABLE_ADAMW, package=PACKAGE
-    ),
+    "stablespam": Arm("Stable-SPAM (arXiv 2502.17055) with the recipe's β and weight decay.", STABLE_SPAM),
+    "stableadamw": Arm("StableAdamW (arXiv 2304.13013) with the recipe's β and weight decay.", STABLE_ADAMW),
     "msign": Arm("MSign on all targets (arXiv 2602.01734).", {}, 1.0, MSIGN),
     "msign_attention": Arm("MSign on attention.", {"msign.targets": "attention"}, 1.0, MSIGN),
     "msign_mlp": Arm("MSign on the MLPs.", {"msign.targets": "mlp"}, 1.0, MSIGN),
@@ -119,5 +100,5 @@ ARMS: dict[str, Arm] = {
         f"{__name__}.triggered",
     ),
     "msign_qk_norm": Arm("MSign and QK-norm.", QK_NORM, 1.0, MSIGN),
-    "cap_muon": Arm("The cap rule and Muon.", {**CAP, **MUON}, 1.0, MSIGN, package=PACKAGE),
+    "cap_muon": Arm("The cap rule and Muon.", {**CAP, **MUON}, 1.0, MSIGN),
 }

@@ -28,6 +28,7 @@ from time import perf_counter
 from typing import Any
 
 from msign_lightning.ablations.cell import CURVE_POINTS, WINDOW, Cell, Criterion, Outcome, find_collapse, smooth
+from msign_lightning.ablations.methods import MSIGN
 from msign_lightning.ablations.reader import StudyError
 from msign_lightning.ablations.study import SHORT_NAMES, Study
 from msign_lightning.collapse import CollapseDetector
@@ -57,9 +58,7 @@ def run_cell(study: Study, cell: Cell, folder: Path, progress: Progress | None =
     Raises:
         StudyError: The study does not fit its program.
         ValueError: The program refuses a setting, or the folder can't be written to.
-        ImportError: The arm needs a package that is not installed.
     """
-    study.arm(cell.arm).check_package()
     program = find(study)
     if program is None or isinstance(program, type):
         from msign_lightning.ablations.training import train
@@ -72,13 +71,8 @@ def check(study: Study) -> None:
     """Builds the program of each arm and each factor's value, so that a wrong setting fails at the start.
 
     Raises:
-        StudyError: The program can't be built, its data can't be read, or a package is missing.
+        StudyError: The program can't be built, or its data can't be read.
     """
-    for i, name in enumerate(study.arms):
-        try:
-            study.arm(name).check_package()
-        except ImportError as error:
-            raise study.error(f"{name}: {error}", "arms", i) from error
     program = find(study)
     if program is None or isinstance(program, type):
         from msign_lightning.ablations.training import check
@@ -179,12 +173,7 @@ class CellSettings(UserDict[str, Any]):
 def cell_settings(study: Study, cell: Cell, folder: Path) -> CellSettings:
     """What a function gets."""
     own = {long: short for short, long in {**SHORT_NAMES, "lr": study.lr}.items()}
-    settings: dict[str, Any] = {
-        "arm": cell.arm,
-        "seed": cell.seed,
-        "steps": study.steps,
-        "folder": folder / cell.folder,
-    }
+    settings: dict[str, Any] = dict(arm=cell.arm, seed=cell.seed, steps=study.steps, folder=folder / cell.folder)
     settings |= {own.get(name, name): value for name, value in study.settings_of(cell).items()}
     if study.arm(cell.arm).until is not None:
         settings.setdefault("period", 100)
@@ -240,7 +229,7 @@ def _call(objective: Any, study: Study, cell: Cell, folder: Path, progress: Prog
 
 def _check_read(study: Study, cell: Cell, unread: set[str]) -> None:
     arm = study.arm(cell.arm)
-    is_known_by_name = arm.callback is not None and arm.until is None
+    is_known_by_name = arm.callback not in (None, MSIGN)
     if ignored := sorted(unread - {"folder"} - (set() if is_known_by_name else {"arm"})):
         rule = f"{study.program} must read all settings of arm {cell.arm}, or they would change nothing"
         raise StudyError(f"{rule}; it has not read {', '.join(ignored)}")

@@ -85,6 +85,8 @@ class Node(NamedTuple):
             return self.value if kind is not float else float(self.value) if abs(self.value) < 1e300 else math.inf
         if not inner:
             return self.make(kind)
+        if NoneType in inner and self.value is None:
+            return None
         return self.read(inner[0]) if NoneType in inner else self._one_of({c.__name__.lower(): c for c in inner})
 
     def make(self, cls: type, **given: Any) -> Any:
@@ -126,9 +128,9 @@ for _tag, _pattern, _first in (
     ("bool", r"true|True|TRUE|false|False|FALSE", "tTfF"),
     ("int", r"[-+]?[0-9]+", "-+0123456789"),
     ("float", r"[-+]?(\d+\.?\d*|\.\d+)([eE][-+]?\d+)?|[-+]?\.(inf|Inf|INF)|\.(nan|NaN|NAN)", "-+.0123456789"),
-    ("null", r"~|null|Null|NULL|", "~nN\0"),
+    ("null", r"~|null|Null|NULL|", "~nN"),
 ):
-    _Loader.add_implicit_resolver(f"tag:yaml.org,2002:{_tag}", re.compile(f"(?:{_pattern})$"), list(_first))
+    _Loader.add_implicit_resolver(f"tag:yaml.org,2002:{_tag}", re.compile(f"(?:{_pattern})$"), ["", *_first])
 _Loader.add_constructor("tag:yaml.org,2002:int", lambda loader, node: int(node.value, 10))
 
 
@@ -164,8 +166,9 @@ def _construct(loader: _Loader, node: yaml.Node, where: Where, source: Source) -
     if not isinstance(node, yaml.MappingNode):
         try:
             return loader.construct_object(node)
-        except ValueError as error:  # a number of thousands of digits
-            raise source.error(str(error), *where) from error
+        except (ValueError, KeyError, AttributeError) as error:  # a number of thousands of digits, or !!bool maybe
+            kind = node.tag.rpartition(":")[2]
+            raise source.error(f"a part must be one of the kind {kind}, got {node.value!r}"[:200], *where) from error
     values: dict[str, Any] = {}
     for key_node, item in node.value:
         key, line = str(key_node.value), key_node.start_mark.line + 1

@@ -9,7 +9,6 @@ from __future__ import annotations
 import math
 import warnings
 from collections.abc import Iterable, Sequence
-from itertools import pairwise
 from statistics import fmean, median, median_high, median_low, stdev
 from typing import NamedTuple
 
@@ -63,18 +62,14 @@ def find(study: Study, runs: Sequence[Run]) -> Findings:
     """
     if not runs:
         raise StudyError(f"runs must hold at least one finished run to report study {study.name}, got none")
-    place = {group: i for i, group in enumerate(study.groups)}
-    table = tabulate(sorted(runs, key=lambda r: (place.get(r.cell.group, len(place)), r.cell.lr, r.cell.seed)))
+    table = tabulate(sorted(runs, key=lambda r: (study.groups.index(r.cell.group), r.cell.lr, r.cell.seed)))
     arms = {group.arm for group in table["group"]}
     baseline = next(arm for arm in (PLAIN, *study.arms) if arm in arms)
     results, boundaries = summarize(table, baseline), pd.DataFrame()
-    rates: list[float] = []
-    if isinstance(study.sampler, Grid):
-        rates = [float(lr) for lr in study.factors["lr"]]  # type: ignore[arg-type]
-    else:  # whose learning rates were chosen by the losses
+    if not isinstance(study.sampler, Grid):  # whose learning rates were chosen by the losses
         results[["difference_low", "difference_high", "p"]] = math.nan
     if not isinstance(study.sampler, Tpe) and table.groupby(["group", "seed"])["lr"].nunique().max() > 1:
-        boundaries = frontier(table, baseline, rates)
+        boundaries = frontier(table, baseline, study.factors.get("lr", ()))  # type: ignore[arg-type]
     verdicts = judge(pd.concat([results, boundaries], ignore_index=True))
     results["verdict"] = verdicts[: len(results)]
     boundaries["verdict"] = verdicts[len(results) :].reset_index(drop=True)
@@ -90,12 +85,9 @@ def tabulate(runs: Iterable[Run]) -> pd.DataFrame:
         {"key": cell.key, "group": cell.group, "lr": cell.lr, "seed": cell.seed, "stable": stable, **outcome._asdict()}
         for cell, outcome, stable in runs
     ]
-    floats = dict.fromkeys(("val_loss", "final_loss", "max_grad_norm", "stable_rank"), float)
-    return (
-        pd.DataFrame(rows)
-        .drop(columns=["curve", "ranks"])
-        .astype({**floats, "diverged_at": "Int64", "collapsed_at": "Int64"})
-    )
+    kinds = dict.fromkeys(("val_loss", "final_loss", "max_grad_norm", "stable_rank"), "float64")
+    kinds |= dict.fromkeys(("diverged_at", "collapsed_at"), "Int64")
+    return pd.DataFrame(rows).drop(columns=["curve", "ranks"]).astype(kinds)
 
 
 def factors_of(groups: Iterable[Group]) -> pd.DataFrame:
@@ -173,14 +165,12 @@ def summarize(table: pd.DataFrame, baseline: str) -> pd.DataFrame:
     Returns:
         group, lr. val_loss_0 and so on: validation loss by seed; infinite where it diverged, NaN where there is no run.
         n_runs, n_stable, n_collapsed: numbers of runs. collapse_median, collapse_first, collapse_last: steps at which
-        runs collapsed or diverged, of those that did.
-        mean: of the validation loss; NaN if a run diverged. stable_rank: geometric mean; NaN if one is not known.
-        steps_per_second: mean. n_pairs: seeds that the baseline has, too. n_better: those with a lower loss, where one
-        that diverged is the worse.
+        runs collapsed or diverged, of those that did. mean: of the validation loss over all seeds; NaN if a run
+        diverged or is missing. stable_rank: geometric mean; NaN if one is not known. steps_per_second: mean. n_pairs:
+        seeds that the baseline has, too. n_better: those with a lower loss, where one that diverged is the worse.
         difference: mean over pairs of the loss minus the baseline's; NaN if a run diverged. Its interval and p as of
         `paired`, if all runs of both are stable and both have the same seeds.
     """
-    table = table.assign(end=_ends(table))
     places = {place: rows.set_index("seed") for place, rows in table.groupby(["group", "lr"], sort=False)}
     partner = partners(list(table["group"].unique()), baseline)
     seeds = sorted(table["seed"].unique())
@@ -189,7 +179,7 @@ def summarize(table: pd.DataFrame, baseline: str) -> pd.DataFrame:
         reference = places.get((partner.get(group), lr), rows[:0])
         ours, theirs = rows["val_loss"].align(reference["val_loss"], join="inner")
         is_comparable = len(rows) == len(reference) == len(ours) and rows["stable"].all() and reference["stable"].all()
-        losses, ends = rows["val_loss"].fillna(math.inf), rows["end"]
+        losses, ends = rows["val_loss"].fillna(math.inf), rows["collapsed_at"].astype(float)
         found.append(
             {
                 "group": group,
@@ -199,7 +189,7 @@ def summarize(table: pd.DataFrame, baseline: str) -> pd.DataFrame:
                 "n_stable": int(rows["stable"].sum()),
                 "n_collapsed": int(ends.count()),
                 **{"collapse_median": ends.median(), "collapse_first": ends.min(), "collapse_last": ends.max()},
-                "mean": rows["val_loss"].mean(skipna=False),
+                "mean": rows["val_loss"].reindex(seeds).mean(skipna=False),
                 "stable_rank": math.exp(np.log(rows["stable_rank"]).mean(skipna=False)),
                 "steps_per_second": rows["steps_per_second"].mean(),
                 "n_pairs": len(ours),
@@ -209,11 +199,6 @@ def summarize(table: pd.DataFrame, baseline: str) -> pd.DataFrame:
             }
         )
     return pd.DataFrame(found)
-
-
-def _ends(table: pd.DataFrame) -> pd.Series:
-    """Step at which each run collapsed or diverged; NaN if it did not."""
-    return table["collapsed_at"].fillna(table["diverged_at"]).astype(float)
 
 
 def by_seed(results: pd.DataFrame) -> pd.DataFrame:
@@ -227,7 +212,7 @@ def best(results: pd.DataFrame) -> pd.DataFrame:
 
     Groups without a finite loss for each seed at any rate are left out: means over other seeds can't be compared.
     """
-    known = results[np.isfinite(by_seed(results)).all(axis=1)]
+    known = results.dropna(subset="mean")
     return known.loc[known.groupby("group", sort=False)["mean"].idxmin()].sort_values("mean", kind="stable")
 
 
@@ -280,8 +265,8 @@ def frontier(table: pd.DataFrame, baseline: str, rates: Sequence[float] = ()) ->
         distribution of boundaries: 0 for one seed, whose bracket says nothing about others, then 0.5, 0.75, 0.875,
         0.9375 for five. More seeds take the largest k for `LEVEL`.
         difference: mean over seeds of log₁₀ boundary minus the baseline's; its interval and p as of `paired`; NaN
-        unless both have the same seeds. A boundary that was not reached counts as the end of what was tried: that makes
-        a difference smaller. The widths of the brackets count as noise.
+        unless both have the same seeds. A boundary that was not reached counts as the end of what was tried, which
+        makes a difference smaller, or NaN where it could turn it round. The widths of the brackets count as noise.
     """
     runs = dict(list(table.groupby("group", sort=False)))
     seeds = {group: rows.set_index("seed") for group, rows in seed_boundaries(table).groupby("group", sort=False)}
@@ -289,12 +274,12 @@ def frontier(table: pd.DataFrame, baseline: str, rates: Sequence[float] = ()) ->
     found = []
     for group, own in seeds.items():
         n = len(own)
-        levels = [1 - 2 * float(stats.binom.cdf(k - 1, n, 0.5)) for k in range(1, n // 2 + 2)]
-        k = max((k for k, level in enumerate(levels, start=1) if level >= LEVEL), default=1)
+        k = max(int(stats.binom.ppf((1 - LEVEL) / 2, n, 0.5)), 1)
         ends_below, ends_above = median_low(own["low"]) > 0, median_high(own["high"]) < math.inf
         reference = seeds.get(partner.get(group), own[:0])
-        has_pairs = set(reference.index) == set(own.index)
         differences = own["middle"] - reference["middle"]
+        other_way = (own["high"] / reference["low"]).where(differences < 0, reference["high"] / own["low"])
+        differences = differences.mask((other_way == math.inf) & (differences != 0))
         noise = (own["width"] ** 2 + reference["width"] ** 2).mean() / 12
         found.append(
             {
@@ -302,14 +287,14 @@ def frontier(table: pd.DataFrame, baseline: str, rates: Sequence[float] = ()) ->
                 "lr_max": 10 ** median(own["middle"]),
                 "low": sorted(own["low"])[k - 1],
                 "high": sorted(own["high"])[-k],
-                "confidence": max(levels[k - 1], 0.0),
+                "confidence": 1 - 2 * float(stats.binom.cdf(k - 1, n, 0.5)),
                 "status": "bracketed" if ends_below == ends_above else "all_stable" if ends_below else "all_unstable",
                 "n_seeds": n,
                 "n_runs": len(runs[group]),
                 "n_non_monotone": int((~own["monotone"]).sum()),
                 "lr_sensitivity": lr_sensitivity(runs[group], rates),
                 "difference": differences.mean(skipna=False),
-                **paired(list(differences) if has_pairs else [], noise),
+                **paired(list(differences) if differences.notna().all() else [], noise),
             }
         )
     return pd.DataFrame(found)
@@ -326,8 +311,7 @@ def lr_sensitivity(rows: pd.DataFrame, rates: Sequence[float]) -> float:
     losses = rows.pivot(index="lr", columns="seed", values="clipped").reindex(sorted(rates))
     if len(rates) < 2 or losses.isna().any(axis=None) or not rows.groupby("seed")["val_loss"].count().all():
         return math.nan
-    gaps = [math.log(b / a) for a, b in pairwise(losses.index)]
-    weights = [a + b for a, b in pairwise([gaps[0], *gaps, gaps[-1]])]
+    weights = np.gradient(np.log(losses.index))
     return float((np.average(losses, axis=0, weights=weights) - losses.min()).mean())
 
 
@@ -343,8 +327,9 @@ def survival(table: pd.DataFrame) -> pd.DataFrame:
         group, lr, step, share, low and high, with an interval at `LEVEL` by Greenwood's formula for log(-log S).
     """
     curves = []
-    for (group, lr), rows in table.assign(end=_ends(table)).groupby(["group", "lr"], sort=False):
-        sample = stats.CensoredData(uncensored=rows["end"].dropna(), right=rows["steps"][rows["end"].isna()])
+    for (group, lr), rows in table.groupby(["group", "lr"], sort=False):
+        ends = rows["collapsed_at"].astype(float)
+        sample = stats.CensoredData(uncensored=ends.dropna(), right=rows["steps"][ends.isna()])
         estimate = stats.ecdf(sample).sf
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", RuntimeWarning)  # there is none at the ends
@@ -372,10 +357,9 @@ class Overhead(NamedTuple):
 
 def fit_overhead(periods: Sequence[float], steps_per_second: Sequence[float]) -> Overhead:
     """Fits it by least squares on relative deviations of 1/T, which is linear in 1/P, at two periods or more."""
-    t = np.asarray(steps_per_second, dtype=float)
-    design = np.stack([t, t / np.asarray(periods, dtype=float)], axis=1)
-    (step, application), *_ = np.linalg.lstsq(design, np.ones_like(t))
-    deviations = design @ [step, application] - 1
+    t, x = np.asarray(steps_per_second, dtype=float), 1 / np.asarray(periods, dtype=float)
+    application, step = np.polyfit(x, 1 / t, 1, w=t)
+    deviations = t * (step + application * x) - 1
     return Overhead(float(1 / step), float(application / step), float(np.sqrt(np.mean(deviations**2))))
 
 
@@ -384,11 +368,9 @@ def overheads(table: pd.DataFrame) -> dict[Group, Overhead]:
 
     A fit that is worse than `WORST_FIT`, or sees no cost, says nothing and is left out.
     """
-    members: dict[Group, list[tuple[float, float]]] = {}
-    for row in table[table["diverged_at"].isna()].itertuples():
-        factors = dict(row.group.factors)
-        if "period" in factors:
-            period = factors.pop("period")
-            members.setdefault(Group(row.group.arm, tuple(factors.items())), []).append((period, row.steps_per_second))
-    fits = {g: fit_overhead(*zip(*runs, strict=True)) for g, runs in members.items() if len({p for p, _ in runs}) > 1}
+    periods = factors_of(table["group"]).reindex(columns=["period"])
+    rows = table[table["diverged_at"].isna()].join(periods).dropna(subset="period")
+    others = [Group(g.arm, tuple(f for f in g.factors if f[0] != "period")) for g in rows["group"]]
+    parts = [(g, part) for g, part in rows.groupby(others, sort=False) if part["period"].nunique() > 1]
+    fits = {g: fit_overhead(part["period"], part["steps_per_second"]) for g, part in parts}
     return {group: fit for group, fit in fits.items() if fit.error <= WORST_FIT and fit.ratio > 0.01}

@@ -10,7 +10,7 @@ import signal
 import subprocess
 import tempfile
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from types import FrameType
@@ -76,14 +76,15 @@ def run(
         StorageError: The storage or the folder can't be used, or no longer. What was finished is kept.
         KeyboardInterrupt: It was interrupted or terminated. What was finished is kept, what was not is trained again.
     """
-    gpus = _gpus(study)
-    worker: type[Worker] = Worker
+    worker, find_gpus, count_cores = Worker, _gpus, cores
     if launcher == "ray":
         need("ray", "ray")
         from msign_lightning.ablations import cluster
 
-        worker, workers = cluster.RayWorker, workers or max(1, cluster.cores() // _devices(study))
-    workers = workers if workers is not None else len(gpus) or max(1, cores() // _devices(study))
+        worker, find_gpus, count_cores = cluster.RayWorker, cluster.gpus, cluster.cores
+    devices = _devices(study)
+    gpus = _deal(find_gpus() if _usual(study, "accelerator") != "cpu" else [], devices)
+    workers = workers if workers is not None else len(gpus) or max(1, count_cores() // devices)
     for name, value in {"workers": workers, "legs": legs, "time_limit": time_limit}.items():
         if value is not None and not value > 0:
             raise ValueError(f"{name} must be positive, got {value}")
@@ -146,10 +147,11 @@ def _by_themselves(study: Study, place: Path) -> dict[Cell, Outcome]:
         try:
             content = json.loads(file.read_text(encoding="utf-8"))
             cell, outcome = Cell.from_dict(content["cell"]), Outcome.from_dict(content["outcome"])
+            started = content["fingerprint"]
         except (ValueError, KeyError, TypeError) as error:
             _log.warning("%s is left out, since it holds no outcome: %r", file, error)
             continue
-        if changed := changes_of(study, content["fingerprint"]):
+        if changed := changes_of(study, started):
             _log.warning("%s is left out, since the study was another: %s", file, "; ".join(changed))
         elif study.holds(cell):
             found[cell] = outcome
@@ -282,21 +284,21 @@ def _devices(study: Study) -> int:
     return max((number for number in numbers if isinstance(number, int)), default=1)
 
 
-def _gpus(study: Study) -> list[str]:
-    """Names of the GPUs that each cell may use, found without starting CUDA in this process."""
-    if _usual(study, "accelerator") == "cpu":
-        return []
+def _gpus() -> list[str]:
+    """Names of this machine's GPUs, found without starting CUDA in this process."""
     visible = os.environ.get("CUDA_VISIBLE_DEVICES")
     if visible is not None:
-        gpus = [name.strip() for name in visible.split(",") if name.strip() not in ("", "-1")]
-    elif shutil.which("nvidia-smi") is None:
+        return [name.strip() for name in visible.split(",") if name.strip() not in ("", "-1")]
+    if shutil.which("nvidia-smi") is None:
         return []
-    else:
-        listed = subprocess.run(["nvidia-smi", "--list-gpus"], capture_output=True, text=True, check=False).stdout
-        gpus = [str(n) for n, _ in enumerate(line for line in listed.splitlines() if line.startswith("GPU "))]
-    size = _devices(study)
+    listed = subprocess.run(["nvidia-smi", "--list-gpus"], capture_output=True, text=True, check=False).stdout
+    return [str(n) for n, _ in enumerate(line for line in listed.splitlines() if line.startswith("GPU "))]
+
+
+def _deal(gpus: Sequence[str], size: int) -> list[str]:
+    """The GPUs of each worker, as in CUDA_VISIBLE_DEVICES."""
     if gpus and size > len(gpus):
-        raise StudyError(f"trainer.devices must be at most the {len(gpus)} GPUs of this machine, got {size}")
+        raise StudyError(f"trainer.devices must be at most the number of GPUs, {len(gpus)}, got {size}")
     return [",".join(gpus[i : i + size]) for i in range(0, len(gpus) - size + 1, size)]
 
 
@@ -304,8 +306,13 @@ def plan(study: Study, *, storage: str | None = None, folder: Path = FOLDER) -> 
     """What `run` would do, in lines for people: each cell of a grid with its number and key, or how many runs at most.
 
     The estimate of time is that of one worker, from the runs that are done; without any there is none.
+
+    Raises:
+        StudyError: The study was started with other content.
     """
     runs: list[Run] = []
+    with suppress(StorageError), reading(storage, folder / study.name) as backend:
+        exists(study, backend)  # or it has been started with other content
     with suppress(StorageError, StudyError):
         runs = results(study, storage=storage, folder=folder)
     done = {run.cell.key for run in runs}

@@ -108,19 +108,16 @@ class Search(Generic[K]):
 
     def __init__(self, interval: Interval) -> None:
         self._interval = interval
-        self._probes: defaultdict[K, dict[int, Probe]] = defaultdict(dict)
+        self._probes: defaultdict[K, dict[int, Probe | None]] = defaultdict(dict)
         self._next: dict[K, float | None] = {}  # of the cells that have begun
         self._is_busy: dict[K, bool] = {}
 
     def put(self, cell: K, number: int, probe: Probe | None) -> None:
         """Takes in the trial of this number, whatever it was before; None if it has said nothing."""
-        probes = self._probes[cell]
-        if probe is None:
-            probes.pop(number, None)
-        else:
-            probes[number] = probe
-        self._next[cell] = next_probe(self._interval, probes.values())
-        self._is_busy[cell] = any(stable is None for _, stable in probes.values())
+        self._probes[cell][number] = probe
+        probes = [probe for probe in list(self._probes[cell].values()) if probe is not None]  # threads may add some
+        self._next[cell] = next_probe(self._interval, probes)
+        self._is_busy[cell] = any(stable is None for _, stable in probes)
 
     def next(self, cell: K) -> float | None:
         """The value to run next in a cell."""
@@ -163,7 +160,7 @@ def frontier_of(study: Study, param: str = "lr") -> list[Found]:
     cells: defaultdict[tuple[tuple[str, Any], ...], list[tuple[float, bool]]] = defaultdict(list)
     for trial in study.get_trials(deepcopy=False):
         if param in trial.params and trial.constraints and trial.state.is_finished():
-            others = tuple((name, value) for name, value in trial.params.items() if name != param)
+            others = tuple(sorted((name, value) for name, value in trial.params.items() if name != param))
             cells[others].append((trial.params[param], _is_feasible(trial)))
     if not cells:
         raise ValueError(f"study must hold finished trials with {param} and a constraint, got none")
@@ -324,16 +321,13 @@ class FrontierSampler(BaseSampler):
             self._search: Search[tuple[Any, ...]] = Search(self._interval)
             self._failures: defaultdict[tuple[Any, ...], set[int]] = defaultdict(set)
             self._given_up: set[tuple[Any, ...]] = set()
-            self._ended: set[int] = set()
             self._settled = 0  # trials below this number have ended
             self._study = which
         for trial in trials[self._settled :]:
-            if trial.number not in self._ended and trial.state != TrialState.WAITING:
+            if trial.state != TrialState.WAITING:
                 self._take(trial, trial.state)
-                if trial.state.is_finished():
-                    self._ended.add(trial.number)
         settled = self._settled
-        while settled in self._ended:
+        while settled < len(trials) and trials[settled].state.is_finished():
             settled += 1
         self._settled = settled  # at once: threads may be here together
 

@@ -162,7 +162,7 @@ def _connected(url: URL | None, file: Path | None, check: Callable[[], None]) ->
     if url is None:
         try:
             journal = JournalStorage(JournalFileBackend(str(file)))
-        except (ValueError, KeyError) as error:
+        except (ValueError, KeyError, TypeError, AssertionError) as error:
             raise StorageError(f"storage {file} is no journal of Optuna, or is damaged: {error}") from error
         yield journal
         return

@@ -148,7 +148,7 @@ class Study:
     @property
     def is_object(self) -> bool:
         """Whether the program is something to import, not a file."""
-        return re.fullmatch(r"[A-Za-z_][\w.]*:\w+", self.program) is not None
+        return re.fullmatch(r"(?!\d)\w+(\.(?!\d)\w+)*:(?!\d)\w+", self.program) is not None
 
     def error(self, message: str, *where: str | int) -> StudyError:
         """The error, with file and line in front if the study was read from a file."""
@@ -160,30 +160,31 @@ class Study:
 
     def arm(self, name: str) -> Arm:
         """The method of one of the study's arms."""
-        if name not in self.variants:
-            return ARMS[name]
-        base = ARMS[self.variants[name].base]
-        settings = {self.setting_of(factor): value for factor, value in self.variants[name].settings.items()}
-        return base._replace(settings={**base.settings, **settings})
+        base, own = self.variants.get(name, (name, {}))
+        settings = {self.setting_of(factor): value for factor, value in own.items()}
+        return ARMS[base]._replace(settings={**ARMS[base].settings, **settings})
 
     def settings_of(self, cell: Cell) -> dict[str, Value]:
         """The settings of a cell; those of the arm go before the study's, and its factors before both."""
+        arm = self.arm(cell.arm)
         common = {self.setting_of(name): value for name, value in self.settings.items()}
+        common = {setting: value for setting, value in common.items() if arm.concerned_by(setting)}
         factors = {self.setting_of(name): value for name, value in cell.factors}
-        return {**common, **self.arm(cell.arm).settings, **factors}
+        return {**common, **arm.settings, **factors}
 
-    def stop(self, arm: str, period: int) -> int:
+    def stop(self, arm: str, period: Any, *where: str | int) -> int:
         """The last step at which an arm with MSign restores: within its share of the run, not in the last period.
 
         Raises:
-            ValueError: It would never.
+            StudyError: It would never, or the period, which stands there in the study file, is none.
         """
+        self._must(type(period) is int and period > 0, f"period must be a positive integer, got {period!r}", *where)
         until = self.arm(arm).until or 0.0
-        last = min(int(until * self.steps), self.steps - period)
+        last: int = min(int(until * self.steps), self.steps - period)
         if last < period:
             within = "" if until == 1 else f" and within {until:g} of the run"
             rule = f"steps must be enough for {arm} to restore once before the last period of {period} steps{within}"
-            raise ValueError(f"{rule}, got {self.steps}")
+            raise self.error(f"{rule}, got {self.steps}", *(where or ("steps",)))
         return last
 
     @cached_property
@@ -216,6 +217,8 @@ class Study:
         names = [name for name in self.__dataclass_fields__ if name not in ("name", "source")]
         values = {name: plain(getattr(self, name)) for name in names}
         values["program"] = {"name": self.program, "file": file and file.value}
+        if (config := recipe_file(str(self.settings.get("config", "")))).is_file():
+            values["program"]["config"] = read(config).value
         values["sampler"] = {"name": _name(self.sampler), **values["sampler"]}
         return values
 
@@ -235,6 +238,8 @@ class Study:
             self._must(name not in ARMS, f"the name of a variant must not be that of an arm, got {name!r}", *where)
             self._must(base in ARMS, f"unknown arm {base!r}{near(base, ARMS)}", *where, "base")
             self._check_settings(settings, *where)
+            if "period" in settings and ARMS[base].until is not None:
+                self.stop(name, settings["period"], *where, "settings", "period")
 
     def _check_settings(self, settings: Mapping[str, Value], *where: str | int) -> None:
         for name in settings:
@@ -254,19 +259,11 @@ class Study:
         for i, lr in enumerate(self.factors.get("lr", ())):
             sound = isinstance(lr, (int, float)) and lr is not True and 0 < lr < 1e300
             self._must(sound, f"lr must be positive and finite, got {lr!r}", "factors", "lr", i)
-        if "lr" in self.factors:
-            rates = tuple(map(float, self.factors["lr"]))  # type: ignore[arg-type]
-            object.__setattr__(self, "factors", {**self.factors, "lr": rates})
         given = self.settings if "period" in self.settings else {}
         for i, period in enumerate(self.factors.get("period", [given["period"]] if given else [])):
-            where = "settings" if given else "factors", "period", i
-            self._must(type(period) is int and period > 0, f"period must be a positive integer, got {period!r}", *where)
             for arm in self.arms:
                 if self.arm(arm).until is not None and self.arm(arm).concerned_by("msign.period"):
-                    try:
-                        self.stop(arm, period)  # type: ignore[arg-type]
-                    except ValueError as error:
-                        raise self.error(str(error), *where) from error
+                    self.stop(arm, period, "settings" if given else "factors", "period", i)
 
     def _check_sampler(self) -> None:
         sampler, name = self.sampler, _name(self.sampler)
@@ -290,11 +287,9 @@ class Study:
 
     def _check_values(self, what: str, item: str, values: Sequence[Value], *where: str | int) -> None:
         self._must(len(values) > 0, f"{what} must hold at least one {item}, got []", *where)
-        seen: set[Value] = set()
-        for i, value in enumerate(values):
-            same = show(value) if isinstance(value, tuple) else value
-            self._must(same not in seen, f"{what} must not hold {show(value)} twice", *where, i)
-            seen.add(same)
+        shown = [show(value) if isinstance(value, tuple) else value for value in values]
+        for i, value in enumerate(shown):
+            self._must(shown.index(value) == i, f"{what} must not hold {show(value)} twice", *where, i)
 
     def _check_name(self, name: str, *where: str | int) -> None:
         setting, short = self.setting_of(name), {"lr": self.lr, **SHORT_NAMES}
@@ -344,7 +339,7 @@ def load(path: str | Path, *, smoke: bool = False) -> Study:
         raise StudyError(f"no study file {str(path)!r}{known}")
     root = _in_small(read(file), smoke)
     variants: dict[str, Variant] = {}
-    arms: Any = root.value.get("arms") if isinstance(root.value, dict) else ()
+    arms = root.value.get("arms")
     for i, arm in enumerate(arms if isinstance(arms, list) else ()):
         if isinstance(arm, dict):
             own = root.part("arms").part(i).read(_Named)
@@ -356,18 +351,13 @@ def load(path: str | Path, *, smoke: bool = False) -> Study:
 
 def _in_small(root: Node, smoke: bool) -> Node:
     """The study with its part `smoke` in place, as if it were written so, or left out."""
-    if not isinstance(root.value, dict) or not (smoke or "smoke" in root.value):
-        return root
-    if "smoke" not in root.value:
-        raise root.source.error("smoke is missing")
-    value = {key: part for key, part in root.value.items() if key != "smoke"}
+    value = {key: part.value for key, part in root.parts(dict, "a mapping").items() if key != "smoke"}
     if not smoke:
         return root._replace(value=value)
-    small = root.part("smoke")
-    if not isinstance(small.value, dict):
-        raise small.error("a mapping")
-    for key, part in small.value.items():
-        whole = value.get(key)
+    if "smoke" not in root.value:
+        raise root.source.error("smoke is missing")
+    for key, node in root.part("smoke").parts(dict, "a mapping").items():
+        whole, part = value.get(key), node.value
         value[key] = {**whole, **part} if isinstance(whole, dict) and isinstance(part, dict) else part
     lines = root.source.lines
     moved = {where[1:]: line for where, line in lines.items() if where[:1] == ("smoke",) and len(where) > 1}

@@ -10,7 +10,7 @@ import os
 import shutil
 from argparse import ArgumentError
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -26,8 +26,9 @@ from msign_lightning import Restoration
 from msign_lightning.ablations import program as programs
 from msign_lightning.ablations.cell import Cell, Outcome, plain
 from msign_lightning.ablations.launch import spread
+from msign_lightning.ablations.methods import Value
 from msign_lightning.ablations.program import Progress, metric_of, outcome_of
-from msign_lightning.ablations.reader import Where, near, read
+from msign_lightning.ablations.reader import StudyError, Where, near
 from msign_lightning.ablations.study import Study
 from msign_lightning.recipes import recipe_file
 from msign_lightning.recipes.recorder import Recorder
@@ -41,15 +42,11 @@ FRILLS = (Checkpoint, ProgressBar, ModelSummary)
 @contextmanager
 def _quiet() -> Iterator[None]:
     """Lightning says what it finds on the machine whenever a trainer is made."""
-    loggers = [logging.getLogger(name) for name in ("lightning.pytorch", "lightning.fabric")]
-    levels = [logger.level for logger in loggers]
-    for logger in loggers:
-        logger.setLevel(logging.WARNING)
-    try:
+    with ExitStack() as stack:
+        for logger in map(logging.getLogger, ("lightning.pytorch", "lightning.fabric")):
+            stack.callback(logger.setLevel, logger.level)
+            logger.setLevel(logging.WARNING)
         yield
-    finally:
-        for logger, level in zip(loggers, levels, strict=True):
-            logger.setLevel(level)
 
 
 @_quiet()
@@ -75,22 +72,23 @@ def train(study: Study, cell: Cell, folder: Path, progress: Progress | None = No
         file.unlink()
     limit, trainer.limit_val_batches = trainer.limit_val_batches, 0
     trainer.fit(cli.model, datamodule=data, ckpt_path=saver.file if begun else None)
+    outcome = None
+    if not recorder.stopped:
+        trainer.limit_val_batches = limit
+        outcome = outcome_of(
+            [*enumerate(recorder.losses, start=1)],
+            _validate(study, cli) if recorder.diverged_at is None else None,
+            study.stability,
+            diverged_at=recorder.diverged_at,
+            max_grad_norm=max(filter(math.isfinite, recorder.grad_norms), default=None),
+            ranks=[*recorder.stable_ranks.items()],
+            steps=recorder.steps,
+            steps_per_second=recorder.steps_per_second,
+            seconds=recorder.seconds,
+        )
     if trainer.is_global_zero:
         _remove(saver.file)
-    if recorder.stopped:
-        return None
-    trainer.limit_val_batches = limit
-    return outcome_of(
-        [*enumerate(recorder.losses, start=1)],
-        _validate(study, cli) if recorder.diverged_at is None else None,
-        study.stability,
-        diverged_at=recorder.diverged_at,
-        max_grad_norm=max(filter(math.isfinite, recorder.grad_norms), default=None),
-        ranks=[*recorder.stable_ranks.items()],
-        steps=recorder.steps,
-        steps_per_second=recorder.steps_per_second,
-        seconds=recorder.seconds,
-    )
+    return outcome
 
 
 class _Scalars(TensorBoardLogger):
@@ -137,10 +135,8 @@ def _ranks() -> int:
 
 def _validate(study: Study, cli: LightningCLI) -> float:
     """The metric, a mean over the ranks."""
-    metrics: dict[str, float] = {}
-    for found in cli.trainer.validate(cli.model, datamodule=cli.datamodule, verbose=False):
-        metrics.update(found)
-    own = metric_of(study, metrics, "validation_step logs")
+    found = cli.trainer.validate(cli.model, datamodule=cli.datamodule, verbose=False)
+    own = metric_of(study, {k: v for metrics in found for k, v in metrics.items()}, "validation_step logs")
     strategy = cli.trainer.strategy
     return own if _ranks() == 1 else float(strategy.reduce(torch.tensor(own, device=strategy.root_device)))
 
@@ -179,6 +175,8 @@ def check(study: Study) -> None:
                 cli.trainer.limit_val_batches = 1
                 cli.trainer.fit(cli.model, datamodule=cli.datamodule)
                 _validate(study, cli)
+        except StudyError:  # which says where
+            raise
         except (ValueError, TypeError, ImportError, OSError, MisconfigurationException) as error:
             raise study.error(f"{group.label}: {error}", *_place(study, group.arm, str(error))) from error
         checked |= parts
@@ -192,7 +190,7 @@ def _build(study: Study, cell: Cell, folder: Path = Path(), *, steps: int | None
     Raises:
         ValueError: The program does not take a setting.
     """
-    cls, files = _find(study)
+    cls, files = _find(study, study.settings_of(cell).get("config"))
     is_recipe = issubclass(cls, RecipeCLI)
     settings: dict[str, Any] = {
         "seed_everything": cell.seed,
@@ -205,10 +203,8 @@ def _build(study: Study, cell: Cell, folder: Path = Path(), *, steps: int | None
     }
     given = [name for name in settings if name != "config" and (is_recipe or not name.startswith("msign."))]
     given.sort(key=lambda name: name.count("."))  # a class must come before its own arguments
-    arguments = [f"--config={file}" for file in files]
-    for name in given:
-        value = settings[name]
-        arguments.append(f"--{name}={value if isinstance(value, str) else json.dumps(plain(value))}")
+    texts = {name: value if isinstance(value, str) else json.dumps(plain(value)) for name, value in settings.items()}
+    arguments = [*(f"--config={file}" for file in files), *(f"--{name}={texts[name]}" for name in given)]
 
     class Program(cls):  # type: ignore[valid-type, misc]
         def init_parser(self, **kwargs: Any) -> Any:
@@ -218,8 +214,10 @@ def _build(study: Study, cell: Cell, folder: Path = Path(), *, steps: int | None
             try:
                 self.config = parser.parse_args(args)
             except (ArgumentError, TypeError, KeyError) as error:
-                base = parser.parse_path(str(files[0])) if files else parser.get_defaults()
-                known = [name.replace(".init_args.", ".") for name in base.keys()]  # noqa: SIM118 (leaves, not branches)
+                known: list[str] = []
+                with suppress(ArgumentError, TypeError, KeyError):  # of the file, which may be what is wrong
+                    base = parser.parse_path(str(files[0])) if files else parser.get_defaults()
+                    known = [name.replace(".init_args.", ".") for name in base.keys()]  # noqa: SIM118 (leaves)
                 hints = [near(name, known) for name in sorted(given) if name not in known]
                 told = " ".join(str(error).split()) + next(filter(None, hints), "")
                 raise ValueError(f"{study.program} can't be built: {told}") from error
@@ -236,18 +234,17 @@ def _build(study: Study, cell: Cell, folder: Path = Path(), *, steps: int | None
     return cli
 
 
-def _find(study: Study) -> tuple[type[LightningCLI], list[Path]]:
+def _find(study: Study, config: Value | None) -> tuple[type[LightningCLI], list[Path]]:
     """The class of the command line, and the files with its configuration, of which a later one goes before."""
     cls = programs.find(study)
-    config = [recipe_file(str(study.settings["config"]))] if "config" in study.settings else []
+    files = [] if config is None else [recipe_file(str(config))]
     if cls is None:
-        file = recipe_file(study.program)
-        root = read(file).value
-        model = root.get("model") if isinstance(root, dict) else None
-        return (LightningCLI if isinstance(model, dict) and "class_path" in model else RecipeCLI), [file, *config]
+        model = study.fingerprint()["program"]["file"].get("model")
+        cls = LightningCLI if isinstance(model, dict) and "class_path" in model else RecipeCLI
+        files.insert(0, recipe_file(study.program))
     if not issubclass(cls, LightningCLI):
         raise study.error(f"program must be a LightningCLI or a function, got the class {cls.__name__}", "program")
-    return cls, config
+    return cls, files
 
 
 def _msign_arguments(study: Study, cell: Cell, cli: LightningCLI) -> dict[str, Any]:

@@ -6,8 +6,7 @@ import base64
 import fcntl
 import io
 import math
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Mapping, Sequence
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -37,8 +36,7 @@ from msign_lightning.ablations.study import Bisect, Grid, Study, Tpe
 from msign_lightning.recipes.provenance import provenance
 
 MISSING = "–"
-TEXTS = ("report.html", "report.md", "runs.csv", "results.csv", "frontier.csv")
-IMAGES = ("curves.png", "loss.png", "frontier.png", "frontier_map.png", "survival.png")
+OPTIONAL = ("frontier.csv", "curves.png", "loss.png", "frontier.png", "frontier_map.png", "survival.png")
 LOWEST = 10  # runs in the table of a search
 
 
@@ -60,19 +58,16 @@ def tables(found: Findings) -> dict[str, pd.DataFrame]:
         ]
     if isinstance(study.sampler, Grid):
         ranking = best(results)
-        losses = by_seed(ranking)
-        reference = next((i for i, group in ranking["group"].items() if group.arm == baseline), None)
-        gaps = {i: losses.loc[i] - losses.loc[reference] if reference not in (None, i) else [] for i in losses.index}
-        sound = ranking["n_stable"] == ranking["n_runs"]
-        tests = {i: paired(gap if len(gap) and sound[i] and sound[reference] else []) for i, gap in gaps.items()}
+        losses, sound = by_seed(ranking), ranking["n_stable"] == ranking["n_runs"]
+        own = [i for i, group in ranking["group"].items() if group.arm == baseline][:1]
+        gaps = (losses.drop(own) - losses.loc[own].mean()).dropna()  # none if the baseline is not ranked
+        tests = {i: _interval(paired(gap if sound[[i, *own]].all() else [])) for i, gap in gaps.iterrows()}
+        texts = {i: " / ".join(show_loss(d, "+") for d in gap) + tests[i] for i, gap in gaps.iterrows()}
         shown["Each arm at its best learning rate"] = [
             {
                 **_place(r),
                 "mean validation loss": show_loss(r.mean),
-                f"difference to {baseline} by seed ({LEVEL:.0%} interval)": " / ".join(
-                    show_loss(gap, "+") for gap in gaps[r.Index]
-                )
-                + _interval(tests[r.Index]),
+                f"difference to {baseline} by seed ({LEVEL:.0%} interval)": texts.get(r.Index, ""),
             }
             for r in ranking.itertuples()
         ]
@@ -80,7 +75,7 @@ def tables(found: Findings) -> dict[str, pd.DataFrame]:
         {
             "arm": b.group.label,
             "LR_max": figures.bound(b),
-            "interval": " … ".join(f"{end:.3g}" if 0 < end < math.inf else "?" for end in (b.low, b.high)),
+            "interval": " … ".join(f"{end:.4g}" if 0 < end < math.inf else "?" for end in (b.low, b.high)),
             "probability that it holds LR_max": f"{b.confidence:.3g}" if b.n_seeds > 1 else "one seed's bracket",
             f"against {baseline}": b.verdict or MISSING,
             "seeds": str(b.n_seeds),
@@ -184,10 +179,11 @@ def sentences(found: Findings) -> list[str]:
         if unranked := [group.label for group in found.results["group"].unique() if group not in ranked]:
             told.append(f"Not ranked, since a seed has no finite result: {', '.join(unranked)}.")
     if tests := pd.concat([found.results, found.boundaries])["p"].count():
+        where = " Losses are compared where all runs of both are stable." if isinstance(study.sampler, Grid) else ""
         told.append(
             f"If no arm differs from {found.baseline}, any of the {tests} verdicts together is higher or lower with a "
-            f"probability of at most {1 - LEVEL:.0%}: paired t-tests over seeds, corrected by Holm's method. Losses "
-            "are compared where all runs of both are stable. Intervals hold each for itself."
+            f"probability of at most {1 - LEVEL:.0%}: paired t-tests over seeds, corrected by Holm's method.{where} "
+            "Intervals hold each for itself."
         )
     elif len(seeds) < FEWEST and not isinstance(study.sampler, Tpe):
         told.append(f"There are no verdicts: they need at least {FEWEST} seeds.")
@@ -227,9 +223,11 @@ def report(study: Study, runs: Sequence[Run], folder: Path) -> list[Path]:
     }
     out = folder / "report"
     try:
-        with _alone(folder):
+        folder.mkdir(parents=True, exist_ok=True)
+        with (folder / "report.lock").open("w") as lock:
+            fcntl.flock(lock, fcntl.LOCK_EX)  # waits for others, as parents that end at the same moment
             out.mkdir(exist_ok=True)
-            for name in (*TEXTS, *IMAGES):
+            for name in OPTIONAL:
                 (out / name).unlink(missing_ok=True)
             for name, content in files.items():
                 (out / name).write_bytes(content)
@@ -237,15 +235,6 @@ def report(study: Study, runs: Sequence[Run], folder: Path) -> list[Path]:
     except OSError as error:
         raise StudyError(f"folder must be one that can be written to, got {str(folder)!r}: {error.strerror}") from error
     return [out / name for name in files]
-
-
-@contextmanager
-def _alone(folder: Path) -> Iterator[None]:
-    """Waits for other processes that write a report to the folder, such as parents that end at the same moment."""
-    folder.mkdir(parents=True, exist_ok=True)
-    with (folder / "report.lock").open("w") as lock:
-        fcntl.flock(lock, fcntl.LOCK_EX)
-        yield
 
 
 def _image(drawing: Drawing, form: str) -> bytes:

@@ -236,7 +236,7 @@ def test_a_run_that_diverged_has_collapsed_and_one_that_ended_early_is_censored(
     def curve(*runs):
         return survival(tabulate(runs))[["step", "share", "low", "high"]].to_numpy().tolist()
 
-    diverged = result(0.1, False, collapsed_at=None, diverged_at=120, steps=120)
+    diverged = result(0.1, False, collapsed_at=120, diverged_at=120, steps=120)
     shares = [(step, share) for step, share, *_ in curve(diverged, result(0.1, seed=1, steps=50), result(0.1, seed=2))]
     assert shares == [(0, 1), (50, 1), (120, 0.5), (300, 0.5)]
     assert curve(diverged, diverged) == [[0, 1, 1, 1], [120, 0, 0, 1]]
@@ -393,6 +393,15 @@ def test_boundaries_that_differ_are_told_apart():
     assert verdicts_on(frontier(tabulate(runs), "high")) == ["lower", None]
     fewer = [run for run in runs if run.cell.arm == "high" or run.cell.seed < 2]
     assert verdicts_on(frontier(tabulate(fewer), "low")) == [None, None], "not the same seeds"
+
+
+@pytest.mark.parametrize(("lowest", "verdict"), [(-2.5, None), (-0.5, "higher")])
+def test_a_boundary_that_was_not_reached_is_not_lower_for_that(lowest, verdict):
+    """AdamW is bracketed near 0.1; MSign was stable at the one rate that it was tried at."""
+    runs = by_bisection(lambda x, seed: x < -1 + 0.01 * seed, 3)
+    runs = [run._replace(cell=Group("adamw").cell(run.cell.lr, run.cell.seed)) for run in runs]
+    runs += [result(10 ** (lowest + 0.01 * seed), seed=seed) for seed in range(3)]
+    assert verdicts_on(frontier(tabulate(runs), "adamw")) == [None, verdict]
 
 
 # Throughput

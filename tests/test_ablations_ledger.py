@@ -127,6 +127,12 @@ class TestStorage:
         assert "secret" not in str(error.value)
         assert text.read_text().endswith("steps: 20")
 
+    @pytest.mark.parametrize("text", ["[1]\n", "5\n", '{"op_code": 99, "worker_id": "a"}\n'])
+    def test_reading_what_is_no_journal(self, tmp_path, text):
+        (tmp_path / JOURNAL).write_text(text)
+        with pytest.raises(StorageError, match="is no journal of Optuna, or is damaged"), reading(None, tmp_path):
+            pass
+
     def test_a_folder_that_can_not_be_made(self):
         with pytest.raises(StorageError, match="folder /dev/null/tiny must be one that can be written to: Not a dir"):
             run(study(), folder=Path("/dev/null"))
@@ -390,6 +396,10 @@ class TestGrowth:
         [
             ({"settings": {**SMALL, "data.batch_size": 8}}, "settings.data.batch_size: nothing → 8"),
             ({"variants": {"mine": Variant("msign", {"period": 4})}}, "variants.mine.settings.period: 5 → 4"),
+            (
+                {"variants": {"mine": Variant("msign", {"period": 5, "model.config.width": 8})}},
+                "variants.mine.settings.model.config.width: nothing → 8",
+            ),
             ({"metric": "loss/test"}, 'metric: "loss/val" → "loss/test"'),
         ],
     )
@@ -400,6 +410,29 @@ class TestGrowth:
             other = study(**{"arms": ["mine"], "factors": {"lr": [0.1]}, "variants": variants, **changed})
             with pytest.raises(StudyError, match=re.escape(message)):
                 Ledger(other, backend, alone=alone)
+
+    def test_what_a_variant_means_is_kept_while_it_is_left_out(self, tmp_path):
+        def having(**variants):
+            return study(arms=["adamw", *variants], factors={"lr": [0.1]}, variants=variants)
+
+        five, four = Variant("msign", {"period": 5}), Variant("msign", {"period": 4})
+        with opened(None, tmp_path) as (backend, alone):
+            for cells in (having(mine=five), having(), having(other=four), having(mine=five)):
+                Ledger(cells, backend, alone=alone)
+            with pytest.raises(StudyError, match=r"variants\.mine\.settings\.period: 5 → 4"):
+                Ledger(having(mine=four), backend, alone=alone)
+
+    def test_a_search_is_not_finished_while_another_parent_has_left_a_run(self, tmp_path):
+        search = study(factors={}, arms=["adamw"], sampler=Tpe(1e-3, 10, trials=2))
+        with opened(None, tmp_path) as (backend, _):
+            one, other = (Ledger(search, backend, alone=False) for _ in range(2))
+            one.finish(one.claim(), outcome())
+            one.claim()
+            assert other.claim() is None
+            one.release()
+            assert not other.is_finished()
+            train_all(other)
+            assert_each_cell_once(search, backend)
 
 
 def test_a_server_that_stays_away(tmp_path, server, database, monkeypatch):

@@ -12,7 +12,6 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 
 import msign_lightning.ablations
 from msign_lightning.ablations.__main__ import _parser, main
-from msign_lightning.ablations.methods import ARMS
 from msign_lightning.ablations.program import check, run_cell
 from msign_lightning.ablations.runner import results
 from msign_lightning.ablations.study import Grid, load
@@ -92,7 +91,6 @@ def test_at_full_size_it_is_the_recipe(name):
     recipe = settings(study)
     assert study.sampler == Grid()
     assert study.factors["lr"] == (recipe["model"]["optimizer"]["init_args"]["lr"],)
-    assert all(ARMS[arm].package is None for arm in study.arms)
     assert not {setting.split(".")[0] for setting in study.settings} & {"config", "period"}
     assert recipe["msign"]["period"] == 100
     if "table1" in name:

@@ -146,6 +146,22 @@ def test_what_does_not_fit_a_lightning_program(examples, old, new, message):
     assert re.match(r"causal_lm_study.yaml:\d+: ", str(error.value))
 
 
+def test_the_configuration_of_a_cell_may_be_a_factor(examples):
+    for bound in ("0.1", "0.01"):
+        (examples / f"{bound}.yaml").write_text(f"trainer: {{gradient_clip_val: {bound}}}")
+    factors = {"lr": [0.01], "config": ["0.1.yaml", "0.01.yaml"]}
+    study = replace(load("causal_lm_study.yaml"), arms=["adamw"], factors=factors)
+    one, two = (run_cell(study, cell, examples) for cell in study.cells.values())
+    assert one.curve != two.curve
+
+
+def test_a_typo_in_the_file_of_a_program_is_named(examples):
+    program = examples / "causal_lm_program.yaml"
+    program.write_text(program.read_text().replace("accelerator", "acelerator"))
+    with pytest.raises(StudyError, match=r"causal_lm_study\.yaml:\d+: adamw: .*acelerator"):
+        check(load("causal_lm_study.yaml"))
+
+
 def test_scaled_embedding_needs_an_embedding(examples):
     (examples / "mine.py").write_text(
         "import lightning.pytorch as pl, torch\nfrom causal_lm import Texts\n"
@@ -199,6 +215,11 @@ READS = "def objective(settings, progress):\n    dict(settings)\n"
             "all settings of arm zclip, .* not read arm",
         ),
         (
+            "def objective(s, p):\n    return float(len([s[name] for name in s if name != 'arm']))",
+            {"arms": ["msign_triggered"], "factors": {"lr": [0.01], "period": [10]}},
+            "all settings of arm msign_triggered, .* not read arm",
+        ),
+        (
             READS + "    return {'accuracy': 1.0}",
             {},
             r"metric must be one of what .* returns, \['accuracy'\], got 'loss",
@@ -210,6 +231,12 @@ def test_what_does_not_fit_a_function(examples, code, changed, message):
     study = objective_study(examples, code, **changed)
     with pytest.raises(StudyError, match=message):
         run_cell(study, first_cell(study), examples)
+
+
+def test_a_period_for_all_concerns_arms_with_msign_alone(examples):
+    study = replace(load("plain_study.yaml"), settings={"period": 10}, factors={"lr": [0.1]})
+    adamw, msign = (run_cell(study, Group(arm).cell(0.1, 0), examples) for arm in ("adamw", "msign"))
+    assert adamw.val_loss != msign.val_loss
 
 
 @pytest.mark.parametrize(

@@ -13,7 +13,7 @@ from msign_lightning.ablations import StudyError
 from msign_lightning.ablations.cell import Group
 from msign_lightning.ablations.launch import Pool
 from msign_lightning.ablations.program import check, run_cell
-from msign_lightning.ablations.runner import _devices, _gpus
+from msign_lightning.ablations.runner import _deal, _devices, _gpus
 from msign_lightning.ablations.study import Tpe, Variant
 from tests.small_studies import SMALL, study
 from tests.support import PATIENCE
@@ -124,13 +124,14 @@ def test_what_does_not_fit_is_said_with_its_place(tmp_path):
 
 def test_gpus_are_dealt_out(monkeypatch):
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "4,5,6,7,GPU-8")
-    settings = {name: value for name, value in SMALL.items() if name != "trainer.accelerator"}
-    one = study(program="paper/nanogpt_5m", steps=1000, settings=settings, factors={"lr": [0.01]})
-    assert (_devices(one), _gpus(one)) == (1, ["4", "5", "6", "7", "GPU-8"])
-    two = replace(one, settings={**settings, "trainer.devices": 2})
-    assert (_devices(two), _gpus(two)) == (2, ["4,5", "6,7"])
+    one = study(program="paper/nanogpt_5m", steps=1000, settings={}, factors={"lr": [0.01]})
+    two = replace(one, settings={"trainer.devices": 2})
     some = replace(one, arms=["adamw", "wide"], variants={"wide": Variant("adamw", {"trainer.devices": [0, 1, 2]})})
-    assert (_devices(some), _gpus(some)) == (3, ["4,5,6"])
-    assert _gpus(replace(two, settings={**two.settings, "trainer.accelerator": "cpu"})) == []
-    with pytest.raises(StudyError, match=r"trainer\.devices must be at most the 5 GPUs of this machine, got 6"):
-        _gpus(replace(one, factors={"lr": [0.01], "trainer.devices": [1, 6]}))
+    assert [_devices(cells) for cells in (one, two, some)] == [1, 2, 3]
+    assert _devices(replace(one, factors={"lr": [0.01], "trainer.devices": [1, 6]})) == 6
+    assert _deal(_gpus(), 1) == ["4", "5", "6", "7", "GPU-8"]
+    assert _deal(_gpus(), 2) == ["4,5", "6,7"]
+    assert _deal(_gpus(), 3) == ["4,5,6"]
+    assert _deal([], 2) == []
+    with pytest.raises(StudyError, match=r"trainer\.devices must be at most the number of GPUs, 5, got 6"):
+        _deal(_gpus(), 6)

@@ -126,8 +126,12 @@ class TestStudyFiles:
             ("seeds: [0, 1]", "seed: [0, 1]", 11, "unknown key 'seed', did you mean seeds?"),
             ("seeds: [0, 1]", "seeds: [0]\nseeds: [1]", 12, "seeds is there twice, first in line 11"),
             ("steps: 300", "steps: 3e2", 2, "steps must be a whole number, got 300.0"),
+            ("steps: 300", "steps: !!bool foo", 2, "a part must be one of the kind bool, got 'foo'"),
+            ("steps: 300", "steps: !!timestamp foo", 2, "a part must be one of the kind timestamp, got 'foo'"),
             ("steps: 300", "steps: 5", 2, "steps must be between 20 and 1,000,000,000, got 5"),
             ("program: tiny/prose", "program: tiny/poetry", 1, "program must be the name of a recipe, a file"),
+            ("program: tiny/prose", "program: a..b:c", 1, "program must be the name of a recipe, a file"),
+            ("program: tiny/prose", "program: plain:1x", 1, "program must be the name of a recipe, a file"),
             ("  - msign\n", "  - msing\n", 5, "unknown arm 'msing', did you mean msign"),
             ("  - msign\n", "  - adamw\n", 5, "arms must not hold adamw twice"),
             ("base: msign", "base: mzign", 6, "unknown arm 'mzign', did you mean"),
@@ -162,6 +166,10 @@ class TestStudyFiles:
                 "use_msign must not be a factor or a setting: the arm sets",
             ),
             ("  data.batch_size: 8", "  lr: 0.1", 14, "lr must be a factor, not a setting"),
+            ("  data.batch_size: 8", "  data.batch_size:", 14, "settings.data.batch_size must be a string, a number"),
+            ("{model.config.width: 16}", "{period: 0}", 6, "period must be a positive integer, got 0"),
+            ("{model.config.width: 16}", "{period: abc}", 6, "period must be a positive integer, got 'abc'"),
+            ("{model.config.width: 16}", "{period: 299}", 6, "steps must be enough for narrow to restore once"),
             ("{model.config.width: 16}", "{lr: 0.1}", 6, "lr must be a factor, not a setting"),
             ("  max_loss: 2.5", "  max_loss: 0", 16, "max_loss must be positive and finite, got 0"),
             ("  max_loss: 2.5", "  bound: 2.5", 16, "unknown key 'bound'; known: max_loss, delta"),
@@ -178,7 +186,7 @@ class TestStudyFiles:
             ("program: tiny/prose", "program: nowhere", 1, "program must be the name of a recipe, a file, or"),
             ("seeds: [0, 1]", "seeds: [!seed 1]", 11, "could not determine a constructor for the tag '!seed'"),
             ("seeds: [0, 1]", "seeds: [2020-13-01]", 11, "seeds[0] must be a whole number, got '2020-13-01'"),
-            ("steps: 300", f"steps: {'1' * 5000}", 2, "Exceeds the limit"),
+            ("steps: 300", f"steps: {'1' * 5000}", 2, "a part must be one of the kind int, got '111"),
             ("max_loss: 2.5", f"max_loss: {'1' * 400}", 16, "max_loss must be positive and finite, got inf"),
             ("seeds: [0, 1]", "seeds: [0]\x07", 1, "unacceptable character #x0007"),
             ("  period: [5, 20]", "  targets: [attention, [mlp, head], 'mlp,head']", 9, "must not hold mlp,head twice"),
@@ -251,6 +259,9 @@ class TestStudyFiles:
         study = load(write(text))
         assert study.seeds == (10, 7)
         assert study.settings["data.source"] == "yes"
+
+    def test_no_bound_can_be_written_down(self, write):
+        assert load(write(SOUND.replace("max_loss: 2.5", "max_loss: null"))).stability == Criterion()
 
     @pytest.mark.parametrize("name", ["..", ".", " .", "a/b", "x" * 101, "a\nb"])
     def test_names_that_no_folder_can_have(self, name):
@@ -351,6 +362,11 @@ class TestCells:
         assert "/" not in cell.folder
         assert len(cell.folder.encode()) < 256
 
+    def test_a_list_of_lists_comes_back(self):
+        cell = Group("adamw", (("model.x", ((1, 2), (3, 4))),)).cell(0.1, 0)
+        again = Cell.from_dict(json.loads(json.dumps(cell.as_dict())))
+        assert (again, hash(again)) == (cell, hash(cell))
+
 
 class TestIdentityOfStudies:
     def test_the_same_study_has_no_changes_through_json(self, write):
@@ -380,6 +396,13 @@ class TestIdentityOfStudies:
         before = study.fingerprint()
         recipe.write_text("model: {optimizer: {init_args: {lr: 0.02}}}  # faster")
         assert changes(before, study.fingerprint()) == ["program.file.model.optimizer.init_args.lr: 0.01 → 0.02"]
+
+    def test_a_changed_configuration_is_a_change(self, tmp_path):
+        (tmp_path / "mine.yaml").write_text("trainer: {max_steps: 5}")
+        study = make(settings={"config": str(tmp_path / "mine.yaml")})
+        before = study.fingerprint()
+        (tmp_path / "mine.yaml").write_text("trainer: {max_steps: 6}")
+        assert changes(before, study.fingerprint()) == ["program.config.trainer.max_steps: 5 → 6"]
 
 
 class TestCriterion:

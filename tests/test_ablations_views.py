@@ -8,6 +8,7 @@ import io
 import math
 import re
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from html.parser import HTMLParser
 from pathlib import Path
 
@@ -405,6 +406,17 @@ def test_bisection_over_period_and_targets_has_a_map(tmp_path):
     assert names(study, runs) == {"frontier", "frontier_map"}
     assert names(study, [r for r in runs if dict(r.cell.factors).get("period") != 50]) == {"frontier"}
     assert missing(find(study, [r for r in runs if r.cell.arm != "adamw"])) == ["adamw"]
+
+
+def test_a_factor_may_be_called_as_a_column_is():
+    study = replace(make_study(("adamw", "msign")), program="my:objective", factors={"lr": (0.01, 0.1), "low": (1, 2)})
+    runs = train(study, lambda cell: outcome(2.0 if cell.lr < 0.1 else None))
+    assert "frontier" in names(study, runs)
+
+
+def test_a_mean_is_not_given_where_a_seed_is_missing(study, runs):
+    some = find(study, [run for run in runs if run.cell.seed or run.cell.arm != "muon"]).results
+    assert some["mean"].isna().tolist() == [group.arm == "muon" for group in some["group"]]
 
 
 def test_search_has_no_frontier(tmp_path):
