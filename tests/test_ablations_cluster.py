@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 import ray
 
-from msign_lightning.ablations.cluster import RayWorker
+from msign_lightning.ablations.cluster import RayWorker, cores, gpus
 from msign_lightning.ablations.launch import Crashed, Finished, Pool
 from msign_lightning.ablations.reader import StudyError
 from msign_lightning.ablations.runner import results, run
@@ -63,13 +63,24 @@ def count_done(study):
     return 0
 
 
+def test_there_are_no_more_workers_than_gpus(study, tmp_path):
+    ray.init(num_cpus=3, num_gpus=1, log_to_driver=False)
+    assert (gpus(), cores()) == (["GPU"], 3)
+    assert run(study, launcher="ray", folder=tmp_path / "runs") == (6, [])
+    with pytest.raises(ValueError, match="workers must be positive, got 0"):
+        run(study, launcher="ray", workers=0, folder=tmp_path / "runs")
+
+
 def test_an_actor_says_why_it_failed(study, tmp_path):
+    code = Path("mine.py").read_text()
+    Path("mine.py").write_text(code.replace("    return", "    if settings['lr'] == 0.4:\n        exit(3)\n    return"))
     with Pool(study, tmp_path, 1, launcher=RayWorker) as pool:
         messages = []
-        for task in (None, study.groups[0].cell(0.2, 0)):
+        for task in (None, study.groups[0].cell(0.4, 0), study.groups[0].cell(0.2, 0)):
             pool.start(0, task)
             while pool.busy:
                 messages += [message for _, message in pool.wait(0.5)]
     assert messages[0] == Finished(None)
-    assert isinstance(messages[-1], Crashed)
-    assert "Ray actor" in messages[-1].error
+    left, died = (message for message in messages if isinstance(message, Crashed))
+    assert "SystemExit: 3" in left.error
+    assert "Ray actor" in died.error

@@ -144,6 +144,7 @@ def test_what_does_not_fit_a_lightning_program(examples, old, new, message):
     with pytest.raises(StudyError, match=message) as error:
         check(load(study))
     assert re.match(r"causal_lm_study.yaml:\d+: ", str(error.value))
+    assert str(error.value).count("causal_lm_study.yaml") == 1
 
 
 def test_the_configuration_of_a_cell_may_be_a_factor(examples):
