@@ -9,9 +9,10 @@ from typing import Any
 
 import lightning.pytorch as pl
 import pytorch_optimizer
-from torch.nn.utils import clip_grads_with_norm_, get_total_norm
+from torch.nn.utils import clip_grads_with_norm_
 
 from msign_lightning.callbacks import gradient_scale
+from msign_lightning.monitor import grad_norm
 
 
 class ZClip(pl.Callback):
@@ -38,11 +39,10 @@ class ZClip(pl.Callback):
         self._first: list[float] = []
 
     def on_before_optimizer_step(self, trainer: pl.Trainer, pl_module: pl.LightningModule, optimizer: Any) -> None:
-        norm = get_total_norm([p.grad for p in pl_module.parameters() if p.grad is not None])
-        scale = gradient_scale(trainer, optimizer)
-        bound = self.update(norm.item() / scale)
-        if bound is not None:
-            clip_grads_with_norm_(pl_module.parameters(), bound * scale, norm)
+        norm = grad_norm(pl_module.parameters(), gradient_scale(trainer, optimizer))
+        bound = None if norm is None else self.update(norm.item())
+        if norm is not None and bound is not None:
+            clip_grads_with_norm_(pl_module.parameters(), bound, norm)  # multiplies by their ratio, scaled or not
 
     def update(self, norm: float) -> float | None:
         """Takes in the norm of a step; returns what to clip it to, or None."""
@@ -71,8 +71,8 @@ class SkipNonFinite(pl.Callback):
     """Leaves the weights as they are in a step whose gradients are not all finite, as a gradient scaler does."""
 
     def on_before_optimizer_step(self, trainer: pl.Trainer, pl_module: pl.LightningModule, optimizer: Any) -> None:
-        norm = get_total_norm([p.grad for p in pl_module.parameters() if p.grad is not None])
-        if not norm.isfinite():
+        norm = grad_norm(pl_module.parameters())
+        if norm is not None and not norm.isfinite():
             optimizer.zero_grad()  # a parameter without a gradient is not updated
 
 

@@ -10,7 +10,6 @@ import logging
 import multiprocessing
 import os
 import signal
-import socket
 import threading
 import time
 import traceback
@@ -224,11 +223,11 @@ def spread(
         StorageError: The disk is full.
         RuntimeError: One of them raised another exception or died. Then the others are killed.
     """
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    group = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, "WORLD_SIZE": ranks, "LOCAL_WORLD_SIZE": ranks}
-    group |= {"GROUP_RANK": 0, "TORCHELASTIC_RUN_ID": "cell"}
+    from torch.distributed import TCPStore  # type: ignore[attr-defined]  # PyTorch is imported already
+
+    store = TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)  # where they meet: no port is free twice
+    group = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": store.port, "TORCHELASTIC_USE_AGENT_STORE": True}
+    group |= {"WORLD_SIZE": ranks, "LOCAL_WORLD_SIZE": ranks, "GROUP_RANK": 0, "TORCHELASTIC_RUN_ID": "cell"}
     workers: list[Worker] = []
     outcomes: dict[Worker, Outcome | None] = {}
     try:

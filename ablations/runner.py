@@ -126,6 +126,8 @@ def run_alone(study: Study, key: str, *, folder: Path = FOLDER, legs: int = 1) -
         rule = f"cell must be the key of a cell of grid {study.name}, or a number below {len(cells)}"
         raise StudyError(f"{rule}, got {key!r}")
     cell = study.cells[key] if key in study.cells else cells[int(key)]
+    if gpus := _deal(_gpus() if _usual(study, "accelerator") != "cpu" else [], _devices(study)):
+        os.environ["CUDA_VISIBLE_DEVICES"] = gpus[0]  # no more than a worker has
     place = folder / study.name
     _check_writable(place / cell.folder)
     try:
@@ -271,17 +273,25 @@ def cores() -> int:
 
 def _usual(study: Study, name: str) -> Any:
     """A setting of the trainer, for arms and cells that have no other."""
-    trainer = (study.fingerprint()["program"]["file"] or {}).get("trainer")
-    return study.settings.get(f"trainer.{name}", trainer.get(name) if isinstance(trainer, dict) else None)
+    program, given = study.fingerprint()["program"], study.settings.get(f"trainer.{name}")
+    for part in (program["file"], program.get("config")):  # which goes before
+        trainer = part.get("trainer") if isinstance(part, dict) else None
+        if isinstance(trainer, dict) and f"trainer.{name}" not in study.settings:
+            given = trainer.get(name, given)
+    return given
 
 
 def _devices(study: Study) -> int:
     """How many processes, and GPUs where there are any, a cell has at most."""
     arms = [study.arm(arm).settings.get("trainer.devices", _usual(study, "devices")) for arm in study.arms]
-    numbers = (
-        len(d) if isinstance(d, (list, tuple)) else d for d in (*arms, *study.factors.get("trainer.devices", ()))
-    )
-    return max((number for number in numbers if isinstance(number, int)), default=1)
+    return max(1, *map(_number, (*arms, *study.factors.get("trainer.devices", ()))))
+
+
+def _number(devices: Any) -> int:
+    """How many devices Lightning takes it for; of "auto" and -1, which are all that a worker sees, one."""
+    if isinstance(devices, str):
+        devices = devices.strip(",").split(",") if "," in devices else int(devices) if devices.isdecimal() else 1
+    return len(devices) if isinstance(devices, (list, tuple)) else devices if isinstance(devices, int) else 1
 
 
 def _gpus() -> list[str]:

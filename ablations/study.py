@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import itertools
 import json
 import math
@@ -218,7 +219,10 @@ class Study:
         values = {name: plain(getattr(self, name)) for name in names}
         values["program"] = {"name": self.program, "file": file and file.value}
         if (config := recipe_file(str(self.settings.get("config", "")))).is_file():
-            values["program"]["config"] = read(config).value
+            try:
+                values["program"]["config"] = read(config).value
+            except StudyError:  # a function's, in whatever language
+                values["program"]["config"] = hashlib.sha256(config.read_bytes()).hexdigest()
         values["sampler"] = {"name": _name(self.sampler), **values["sampler"]}
         return values
 

@@ -20,6 +20,8 @@ from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.callbacks import Checkpoint, ModelSummary, ProgressBar
 from lightning.pytorch.cli import LightningCLI
 from lightning.pytorch.loggers import TensorBoardLogger
+from lightning.pytorch.strategies import DDPStrategy, ModelParallelStrategy
+from lightning.pytorch.strategies.launchers import _MultiProcessingLauncher
 from torch.distributed import is_torchelastic_launched
 
 from msign_lightning import Restoration
@@ -60,7 +62,7 @@ def train(study: Study, cell: Cell, folder: Path, progress: Progress | None = No
     recorder = Recorder(progress=progress)
     cli = _build(study, cell, folder)
     if (devices := cli.trainer.num_devices) != _ranks():
-        del cli  # and its model
+        vars(cli).clear()  # its parser outlives it, and would hold the model
         return spread(devices, study, cell, folder, legs, progress)
     trainer, data = cli.trainer, cli.datamodule
     trainer.logger = _Scalars(folder, cell.folder, version="")
@@ -86,8 +88,8 @@ def train(study: Study, cell: Cell, folder: Path, progress: Progress | None = No
             steps_per_second=recorder.steps_per_second,
             seconds=recorder.seconds,
         )
-    if trainer.is_global_zero:
-        _remove(saver.file)
+    if trainer.is_global_zero and saver.file.exists():
+        shutil.rmtree(saver.file) if saver.file.is_dir() else saver.file.unlink()
     return outcome
 
 
@@ -109,6 +111,10 @@ class _Leg(pl.Callback):
         self._saved = 0
         self._recorder = recorder
 
+    def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        if trainer.is_global_zero:  # a folder that was left unfinished could not be written to
+            shutil.rmtree(self.file.with_suffix(".part"), ignore_errors=True)
+
     def on_train_batch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule, *_: Any) -> None:
         step = trainer.global_step
         if step % self._every == 0 and self._saved < step < trainer.max_steps and not trainer.should_stop:
@@ -116,16 +122,10 @@ class _Leg(pl.Callback):
             unfinished = self.file.with_suffix(".part")
             trainer.save_checkpoint(unfinished)
             if trainer.is_global_zero:
-                _remove(self.file)
-                unfinished.rename(self.file)
+                if self.file.is_dir():  # which can't be replaced
+                    shutil.rmtree(self.file)
+                unfinished.replace(self.file)
             self._saved = step
-
-
-def _remove(checkpoint: Path) -> None:
-    """A file, or the folder that a sharded one is."""
-    if checkpoint.is_dir():
-        shutil.rmtree(checkpoint)
-    checkpoint.unlink(missing_ok=True)
 
 
 def _ranks() -> int:
@@ -210,6 +210,13 @@ def _build(study: Study, cell: Cell, folder: Path = Path(), *, steps: int | None
         def init_parser(self, **kwargs: Any) -> Any:
             return super().init_parser(**{**kwargs, "exit_on_error": False})
 
+        def add_core_arguments_to_parser(self, parser: Any) -> None:
+            self.trainer_defaults: dict[str, Any] = {
+                "devices": 1,
+                **self.trainer_defaults,
+            }  # else all that the machine has
+            super().add_core_arguments_to_parser(parser)
+
         def parse_arguments(self, parser: Any, args: Any) -> None:
             try:
                 self.config = parser.parse_args(args)
@@ -225,6 +232,11 @@ def _build(study: Study, cell: Cell, folder: Path = Path(), *, steps: int | None
     cli = Program(args=arguments, run=False, save_config_callback=None)
     if cli.trainer.num_nodes > 1:
         raise ValueError(f"trainer.num_nodes must be 1, since a cell is trained on one, got {cli.trainer.num_nodes}")
+    strategy = cli.trainer.strategy
+    is_known = isinstance(strategy, (DDPStrategy, ModelParallelStrategy))
+    if cli.trainer.num_devices > 1 and (not is_known or isinstance(strategy.launcher, _MultiProcessingLauncher)):
+        rule = "trainer.strategy must be ddp or a ModelParallelStrategy such as fsdp2 for several devices"
+        raise ValueError(f"{rule}, got {type(strategy).__name__}")
     kept = [callback for callback in cli.trainer.callbacks if not isinstance(callback, FRILLS)]
     arm = study.arm(cell.arm)
     msign = {} if arm.until is None else _msign_arguments(study, cell, cli)

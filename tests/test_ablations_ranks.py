@@ -68,11 +68,22 @@ def test_two_processes_give_what_one_does_whole_and_in_legs(strategy, alone, tmp
         run_cell(cells, cell, tmp_path / "legs", die_at_39, legs=3)
     (saved,) = (tmp_path / "legs" / cell.folder).glob("leg-*")
     assert saved.is_dir() == (strategy == "fsdp2")
+    saved.with_suffix(".part").mkdir()  # as of a process that was killed
+    (saved.with_suffix(".part") / "half").touch()
     seen = []
     again = run_cell(cells, cell, tmp_path / "legs", lambda step, loss: seen.append(step), legs=3)
     assert seen == [39, 40]
     assert untimed(again) == untimed(whole)
-    assert not saved.exists()
+    assert not list((tmp_path / "legs" / cell.folder).glob("leg-*"))
+
+
+def test_gradients_are_clipped_by_the_norm_of_all_shards(tmp_path):
+    losses = {}
+    for strategy in ("ddp", "fsdp2"):
+        settings = {**TOGETHER, "trainer.strategy": strategy, "trainer.gradient_clip_val": 1e9}
+        cells = replace(on_two(arms=["zclip"], factors={"lr": [0.03]}), settings=settings)
+        losses[strategy] = dict(run_cell(cells, cell_of(cells), tmp_path / strategy).curve)
+    assert losses["fsdp2"] == pytest.approx(losses["ddp"], rel=1e-2)
 
 
 def test_one_that_dies_ends_the_others(tmp_path):
@@ -120,6 +131,10 @@ def test_what_does_not_fit_is_said_with_its_place(tmp_path):
     many = replace(cells, settings={**cells.settings, "trainer.num_nodes": 2})
     with pytest.raises(StudyError, match=r"trainer\.num_nodes must be 1, since a cell is trained on one, got 2"):
         check(many)
+    with pytest.raises(StudyError, match=r"trainer\.strategy must be ddp or a ModelParallelStrategy .* got DDP"):
+        check(replace(cells, settings={**cells.settings, "trainer.strategy": "ddp_spawn"}))
+    with pytest.raises(StudyError, match="devices"):
+        check(replace(cells, settings={**cells.settings, "trainer.devices": 0}))
 
 
 def test_gpus_are_dealt_out(monkeypatch):
@@ -128,6 +143,8 @@ def test_gpus_are_dealt_out(monkeypatch):
     two = replace(one, settings={"trainer.devices": 2})
     some = replace(one, arms=["adamw", "wide"], variants={"wide": Variant("adamw", {"trainer.devices": [0, 1, 2]})})
     assert [_devices(cells) for cells in (one, two, some)] == [1, 2, 3]
+    odd = {"2": 2, "0,1": 2, "auto": 1, -1: 1, 0: 1, (): 1}
+    assert [_devices(replace(one, settings={"trainer.devices": value})) for value in odd] == list(odd.values())
     assert _devices(replace(one, factors={"lr": [0.01], "trainer.devices": [1, 6]})) == 6
     assert _deal(_gpus(), 1) == ["4", "5", "6", "7", "GPU-8"]
     assert _deal(_gpus(), 2) == ["4,5", "6,7"]
