@@ -8,13 +8,15 @@ BIN := $(VENV)/bin
 # A process per core, up to four, with one thread each.
 PYTEST_ENV := OMP_NUM_THREADS=1
 PYTEST_OPTIONS := --numprocesses auto --maxprocesses 4 --dist loadfile
+# What no PyTorch changes, tested once.
+ONCE := ablations_frontier ablations_ledger ablations_runner ablations_sampler ablations_study ablations_views packaging
 
 .PHONY: help demo test test-newest check docs bench gpu wheel clean
 
 help:
 	@echo "make demo         train the arms of the demo on real text; figure, table, TensorBoard logs in runs/demo"
 	@echo "make test         all tests"
-	@echo "make test-newest  the tests that need no Composer, with torch $(TORCH_NEWEST)"
+	@echo "make test-newest  the tests that need no Composer and concern PyTorch, with torch $(TORCH_NEWEST)"
 	@echo "make check        ruff and mypy"
 	@echo "make docs         the site, strictly, into site/; it needs none of the other environments"
 	@echo "make bench        the cost of an application, of MSign in a run, of monitoring; what processes and workers share"
@@ -44,7 +46,7 @@ test: $(VENV)/.installed
 	$(PYTEST_ENV) $(BIN)/python -m pytest $(PYTEST_OPTIONS)
 
 test-newest: $(VENV_NEWEST)/.installed
-	$(PYTEST_ENV) $(VENV_NEWEST)/bin/python -m pytest $(PYTEST_OPTIONS) -m "not composer"
+	$(PYTEST_ENV) $(VENV_NEWEST)/bin/python -m pytest $(PYTEST_OPTIONS) -m "not composer" $(ONCE:%=--ignore=tests/test_%.py)
 
 check: $(VENV)/.installed
 	$(BIN)/ruff check
