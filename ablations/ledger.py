@@ -85,10 +85,10 @@ def changes_of(study: Study, started: Mapping[str, Any] | None) -> list[str]:
     if started is None:
         return []
     may_change = ("sampler.trials",) if isinstance(study.sampler, Tpe) else _MAY_CHANGE
-    old = started.get("variants", {})
-    new = {name: variant for name, variant in study.fingerprint()["variants"].items() if name in old}
+    now, old = study.fingerprint(), started.get("variants", {})
+    new = {name: variant for name, variant in now["variants"].items() if name in old}
     kept = {name: variant for name, variant in old.items() if name in new}
-    changed = changes({**started, "variants": kept}, {**study.fingerprint(), "variants": new})
+    changed = changes({**started, "variants": kept}, {**now, "variants": new})
     return [change for change in changed if not change.startswith(may_change)]
 
 

@@ -82,9 +82,8 @@ def run(
         from msign_lightning.ablations import cluster
 
         worker, find_gpus, count_cores = cluster.RayWorker, cluster.gpus, cluster.cores
-    devices = _devices(study)
-    gpus = _deal(find_gpus() if _usual(study, "accelerator") != "cpu" else [], devices)
-    workers = workers if workers is not None else len(gpus) or max(1, count_cores() // devices)
+    gpus = _deal(study, find_gpus)
+    workers = workers if workers is not None else len(gpus) or max(1, count_cores() // _devices(study))
     for name, value in {"workers": workers, "legs": legs, "time_limit": time_limit}.items():
         if value is not None and not value > 0:
             raise ValueError(f"{name} must be positive, got {value}")
@@ -126,7 +125,7 @@ def run_alone(study: Study, key: str, *, folder: Path = FOLDER, legs: int = 1) -
         rule = f"cell must be the key of a cell of grid {study.name}, or a number below {len(cells)}"
         raise StudyError(f"{rule}, got {key!r}")
     cell = study.cells[key] if key in study.cells else cells[int(key)]
-    if gpus := _deal(_gpus() if _usual(study, "accelerator") != "cpu" else [], _devices(study)):
+    if gpus := _deal(study, _gpus):
         os.environ["CUDA_VISIBLE_DEVICES"] = gpus[0]  # no more than a worker has
     place = folder / study.name
     _check_writable(place / cell.folder)
@@ -305,8 +304,9 @@ def _gpus() -> list[str]:
     return [str(n) for n, _ in enumerate(line for line in listed.splitlines() if line.startswith("GPU "))]
 
 
-def _deal(gpus: Sequence[str], size: int) -> list[str]:
-    """The GPUs of each worker, as in CUDA_VISIBLE_DEVICES."""
+def _deal(study: Study, find_gpus: Callable[[], Sequence[str]]) -> list[str]:
+    """The GPUs of each worker, as in CUDA_VISIBLE_DEVICES; none where the program trains on the CPU."""
+    gpus, size = find_gpus() if _usual(study, "accelerator") != "cpu" else [], _devices(study)
     if gpus and size > len(gpus):
         raise StudyError(f"trainer.devices must be at most the number of GPUs, {len(gpus)}, got {size}")
     return [",".join(gpus[i : i + size]) for i in range(0, len(gpus) - size + 1, size)]

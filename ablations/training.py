@@ -211,10 +211,8 @@ def _build(study: Study, cell: Cell, folder: Path = Path(), *, steps: int | None
             return super().init_parser(**{**kwargs, "exit_on_error": False})
 
         def add_core_arguments_to_parser(self, parser: Any) -> None:
-            self.trainer_defaults: dict[str, Any] = {
-                "devices": 1,
-                **self.trainer_defaults,
-            }  # else all that the machine has
+            # Else all that the machine has.
+            self.trainer_defaults: dict[str, Any] = {"devices": 1, **self.trainer_defaults}
             super().add_core_arguments_to_parser(parser)
 
         def parse_arguments(self, parser: Any, args: Any) -> None:
